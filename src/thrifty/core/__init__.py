@@ -1,0 +1,1 @@
+"""Core types: Region, Plan, Budget, Method, errors, registry."""
