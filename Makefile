@@ -1,0 +1,40 @@
+# Each target installs what it needs into .venv first; a second run installs nothing.
+# PYTHON=/path/to/python3.12 chooses the interpreter, otherwise one is looked for on PATH.
+
+BIN := .venv/bin
+SOURCES := pyproject.toml constraints.txt .ci/install
+
+.PHONY: help demo test lint format check
+
+help:
+	@echo "make demo    fine-tune a real model on the CPU in about five minutes, and see that it learned"
+	@echo "make test    all tests, those with the real model too"
+	@echo "make lint    formatting, lint, types, layering"
+	@echo "make format  rewrite the sources in the project's format"
+	@echo "make check   lint and test: what CI runs"
+
+.venv/.core-installed: $(SOURCES)
+	.ci/install ""
+	@touch $@
+
+.venv/.dev-installed: .venv/.core-installed
+	.ci/install "[dev]"
+	@touch $@
+
+demo: .venv/.core-installed
+	$(BIN)/thrifty demo
+
+test: .venv/.dev-installed
+	$(BIN)/python -m pytest -m "" -q
+
+lint: .venv/.dev-installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: .venv/.dev-installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint test
