@@ -1,0 +1,111 @@
+"""Files that are either whole or absent, whatever stops the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from thrifty.core.errors import ThriftyError
+
+__all__ = ["disk_errors", "new_folder", "remove_leftovers", "write_json", "write_text"]
+
+_PARTIAL = ".partial-"  # never a name that a user or another tool looks for
+
+
+@contextmanager
+def disk_errors(what: str, *, fix: str) -> Iterator[None]:
+    """Turn a full or read-only disk into one line: `could not write <what>: <reason>; <fix>`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ThriftyError(f"could not write {what}: {reason or error}; {fix}") from error
+
+
+def sync(path: Path) -> None:
+    """Force a file's or a folder's entry to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader finds the old file or the new one, never half of it. OSError on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of `value` as JSON; floats keep every bit."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(final: Path, *, marker: str | None = None) -> Iterator[Path]:
+    """A temporary folder beside `final` that takes its name once everything in it is on disk; removed on any error.
+
+    With `marker`, a last file of that name lists the size of every other one, so that a reader can tell a whole folder.
+    """
+    partial = final.with_name(f"{_PARTIAL}{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        for path in files:
+            sync(path)
+        if marker is not None:
+            write_json(partial / marker, {str(path.relative_to(partial)): path.stat().st_size for path in files})
+        sync(partial)
+        if final.exists():
+            remove_folder(final)
+        os.rename(partial, final)
+        sync(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove `folder`; it leaves its name at once, so that no one meets it half removed."""
+    leaving = folder.with_name(f"{_PARTIAL}old-{folder.name}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.rename(folder, leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def is_whole(folder: Path, *, marker: str) -> bool:
+    """Whether `folder` was finished by `new_folder(..., marker=marker)` and no file was lost or cut since."""
+    try:
+        sizes = json.loads((folder / marker).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written directly in `folder`."""
+    for path in folder.glob(f"{_PARTIAL}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

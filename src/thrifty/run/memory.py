@@ -1,0 +1,122 @@
+"""How much memory and time training takes: measured, in bytes and seconds."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+__all__ = ["Clock", "MemoryMeter"]
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def _reset_high_water() -> bool:
+    """Whether the kernel forgot this process's highest resident size (Linux only)."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water() -> int:
+    """The highest resident bytes since the last reset."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+class MemoryMeter:
+    """The peak since it was made: the accelerator's own maximum, or resident bytes above those at the start.
+
+    Without an accelerator the model's weights were loaded before the start and do not count; with one they do. Where
+    the kernel keeps no resettable maximum, a thread samples every 20 ms.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._device = next(model.parameters()).device
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._sampled = 0
+        if self._device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats()
+            return
+        _settle(model)
+        self._kernel = _reset_high_water()
+        self._start = self._process.memory_info().rss
+        if not self._kernel:
+            threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.02):
+            self._sampled = max(self._sampled, self._process.memory_info().rss)
+
+    def now(self) -> int:
+        """Bytes in use: the accelerator's, or all of this process's resident ones."""
+        if self._device.type != "cpu":
+            return int(torch.accelerator.memory_allocated())
+        return int(self._process.memory_info().rss)
+
+    def peak(self) -> int:
+        """Bytes, as the class says."""
+        if self._device.type != "cpu":
+            return int(torch.accelerator.max_memory_allocated())
+        highest = _high_water() if self._kernel else max(self._sampled, self.now())
+        return max(0, highest - self._start)
+
+    def close(self) -> None:
+        self._stop.set()
+
+
+def _settle(model: nn.Module) -> None:
+    """Make "what loading left" mean the weights: all of them resident, and nothing that loading has freed."""
+    gc.collect()
+    for parameter in model.parameters():
+        parameter.detach().reshape(-1)[::512].sum()  # a file's mapped page becomes resident when it is read
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
+
+
+class Clock:
+    """Seconds since the start, without the pauses (evaluation, saving). `start` carries a resumed run's seconds."""
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._past = start
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._past + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    def run(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        self._past = self.seconds
+        self._since = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside; it stays paused if it was."""
+        running = self._since is not None
+        self.pause()
+        try:
+            yield
+        finally:
+            if running:
+                self.run()

@@ -1,0 +1,118 @@
+"""Optimizer, scheduler and random states in safetensors + JSON: exact to the bit, and nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from thrifty.core.errors import ThriftyError
+
+__all__ = ["load_optimizer_state", "load_state", "optimizer_state", "random_state", "save_state", "set_random_state"]
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+    if type(value) in (Tensor, nn.Parameter):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _encode(item, tensors, f"{where}.{key}")] for key, item in value.items()]}
+    if isinstance(value, tuple | list):
+        return {type(value).__name__: [_encode(item, tensors, where) for item in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ThriftyError(
+        f"{where} holds a {type(value).__name__}, which a checkpoint cannot keep without pickle; "
+        "choose another optim or lr_scheduler_type, or save_strategy=no"
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content].clone()  # the file's own mapping must not outlive the checkpoint
+    if kind == "dict":
+        return {key: _decode(item, tensors) for key, item in content}
+    items = [_decode(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def save_state(stem: Path, value: Any) -> None:
+    """Write nested dicts, lists, tuples, tensors and scalars as `<stem>.json` and `<stem>.safetensors`."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_encode(value, tensors, stem.name))
+    if tensors:
+        save_file(tensors, stem.with_suffix(".safetensors"))
+    stem.with_suffix(".json").write_text(text, encoding="utf-8")
+
+
+def load_state(stem: Path) -> Any:
+    """What `save_state` wrote, on the CPU."""
+    file = stem.with_suffix(".safetensors")
+    tensors = load_file(file) if file.exists() else {}
+    return _decode(json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")), tensors)
+
+
+def _names(optimizer: torch.optim.Optimizer, leaves: Mapping[str, nn.Parameter]) -> list[str]:
+    """The leaf name of each parameter, in the order in which the optimizer's own state numbers them."""
+    by_id = {id(leaf): name for name, leaf in leaves.items()}
+    return [by_id[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, leaves: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """`optimizer.state_dict()` with the state kept under the leaves' names, which outlive a change of their order."""
+    state = optimizer.state_dict()
+    names = _names(optimizer, leaves)
+    by_name = {names[number]: entry for number, entry in state["state"].items()}
+    groups = [group | {"params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    return state | {"state": by_name, "param_groups": groups}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], leaves: Mapping[str, nn.Parameter]
+) -> None:
+    """Put back what `optimizer_state` returned. ThriftyError where the trained leaves are others."""
+    names = _names(optimizer, leaves)
+    number = {name: index for index, name in enumerate(names)}
+    groups, first = [], 0
+    for saved, current in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        here = names[first : first + len(current["params"])]
+        if other := sorted(set(here) ^ set(saved["params"])):
+            raise ThriftyError(f"the checkpoint's optimizer holds other tensors: {other[0]!r} is in only one of the two")
+        # torch matches by position within the group, so the order is the current one.
+        groups.append(saved | {"params": [number[name] for name in here]})
+        first += len(here)
+    by_number = {number[name]: entry for name, entry in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": by_number, "param_groups": groups})
+
+
+def random_state() -> dict[str, Any]:
+    """This process's Python, NumPy, torch and device generators."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
