@@ -1,0 +1,1 @@
+"""Region gradients and the label-only loss: a plain torch twin for each fast version."""

@@ -1,0 +1,88 @@
+"""Method: how to train, as a frozen composition of parts; and how a user names one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from . import registry
+from .budget import Budget
+from .errors import ThriftyError, unknown
+from .plan import Plan
+
+__all__ = ["Method", "Part", "Selector", "Update", "parse_method"]
+
+
+class Selector(Protocol):
+    """WHERE: `(model, probe, budget) -> Plan`. `statistics` names what it asks of the probe; empty: no probe needed."""
+
+    @property
+    def statistics(self) -> frozenset[str]: ...
+
+    def check(self, model: nn.Module, budget: Budget | None) -> None:
+        """ThriftyError for what is wrong before any gradient is taken."""
+        ...
+
+    def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
+        """Parameter name -> the block shape on which the probe reduces its gradient."""
+        ...
+
+    def select(self, model: nn.Module, *, probe: Any, budget: Budget | None, seed: int) -> Plan: ...
+
+
+class Update(Protocol):
+    """WHAT is trained there. `kind` is `in_place` or `peft`."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One select -> update pair. A peer that places its own parts has no selector."""
+
+    select: Selector | None
+    update: Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How to train. `options` is what the user wrote, so that `to_dict` gives the YAML form back."""
+
+    name: str
+    parts: tuple[Part, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that `parse_method` and a run file take: `{name: {option: value}}`."""
+        return {self.name: dict(self.options)}
+
+    @property
+    def needs_probe(self) -> bool:
+        return any(part.select is not None and part.select.statistics for part in self.parts)
+
+
+def parse_method(value: str | Mapping[str, Any] | Method) -> Method:
+    """A name, `{name: {option: value}}` or a Method. ThriftyError names the nearest method or option."""
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ThriftyError(f"method must be a name or one mapping like {{smt: {{block_size: 64}}}}, not {value!r}")
+    (name, options), *_ = value.items()
+    record = registry.get(str(name))
+    options = dict(options or {}) if isinstance(options, Mapping) or options is None else options
+    if not isinstance(options, dict):
+        raise ThriftyError(f"options of method {record.name!r} must be a mapping, not {options!r}")
+    parameters = inspect.signature(record.build).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in options:
+            if key not in parameters:
+                raise ThriftyError(unknown(f"option of method {record.name!r}:", str(key), parameters))
+    method = record.build(**options)
+    return Method(name=record.name, parts=method.parts, options=options)

@@ -1,0 +1,113 @@
+"""Plan: parameter name -> Region, printable, and its form in files."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .budget import distinct_parameters
+from .errors import ThriftyError, unknown
+from .region import Region, region_from_files
+
+__all__ = ["Plan", "kind_of", "plan_from_files", "plan_to_files"]
+
+_ATTENTION = re.compile(r"attn|attention|c_attn|qkv|query|key|value|(^|\.)[qkvo]_proj")
+_MLP = re.compile(r"mlp|ffn|feed_forward|experts|moe|fc\d|intermediate|output\.dense|gate_proj|up_proj|down_proj")
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def kind_of(name: str) -> str:
+    """`attention`, `mlp` or `other`, from a parameter's name."""
+    if _ATTENTION.search(name):
+        return "attention"
+    return "mlp" if _MLP.search(name) else "other"
+
+
+def _layer_of(name: str) -> int | None:
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+class Plan(Mapping[str, Region]):
+    """Which region of which parameter is trained. Immutable; iterates in the model's own order."""
+
+    def __init__(self, regions: Mapping[str, Region], *, shapes: Mapping[str, tuple[int, ...]], total: int) -> None:
+        self._regions = dict(regions)
+        self.shapes = {name: tuple(shapes[name]) for name in self._regions}
+        self.total = total
+        for name, region in self._regions.items():
+            region.check(name, self.shapes[name])
+        self.sizes = {name: region.size(self.shapes[name]) for name, region in self._regions.items()}
+
+    @classmethod
+    def of(cls, model: nn.Module, regions: Mapping[str, Region]) -> Plan:
+        """A plan for `model`; ThriftyError where it names a parameter that is not there."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name in regions:
+            if name not in shapes:
+                raise ThriftyError(unknown("parameter", name, shapes))
+        ordered = {name: regions[name] for name in shapes if name in regions}
+        return cls(ordered, shapes=shapes, total=distinct_parameters(model))
+
+    def __getitem__(self, name: str) -> Region:
+        return self._regions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._regions)
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(self.sizes.values())
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained numbers over the model's distinct parameters."""
+        return self.trainable_parameters / self.total
+
+    def __str__(self) -> str:
+        trained = self.trainable_parameters
+        mib = 16 * trained / 2**20
+        lines = [
+            f"{trained:,} of {self.total:,} numbers trained ({100 * self.trainable_share:.3g}%) in {len(self)} tensors; "
+            f"{mib:.1f} MiB for values, gradients and AdamW state"
+        ]
+        by_kind: Counter[str] = Counter()
+        by_layer: Counter[int] = Counter()
+        for name, size in self.sizes.items():
+            by_kind[kind_of(name)] += size
+            if (layer := _layer_of(name)) is not None:
+                by_layer[layer] += size
+        lines.append("by kind:  " + "  ".join(f"{k} {n:,} ({100 * n / trained:.0f}%)" for k, n in by_kind.most_common()))
+        if by_layer:
+            lines.append("by layer: " + "  ".join(f"{i}: {100 * by_layer[i] / trained:.1f}%" for i in sorted(by_layer)))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.trainable_parameters:,} numbers in {len(self)} tensors)"
+
+
+def plan_to_files(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A JSON record and the index tensors by parameter name."""
+    records: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, region in plan.items():
+        record, index = region.to_files()
+        records[name] = record | {"of": list(plan.shapes[name])}
+        if index is not None:
+            tensors[name] = index
+    return {"total": plan.total, "regions": records}, tensors
+
+
+def plan_from_files(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+    """The plan that `plan_to_files` wrote."""
+    regions = {name: region_from_files(entry, tensors.get(name)) for name, entry in record["regions"].items()}
+    shapes = {name: tuple(entry["of"]) for name, entry in record["regions"].items()}
+    return Plan(regions, shapes=shapes, total=int(record["total"]))

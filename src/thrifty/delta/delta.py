@@ -1,0 +1,190 @@
+"""Delta: what changed, exact. A folder with `delta.json` (what, of which base) and `delta.safetensors` (the numbers).
+
+For each touched tensor: the region, its values after and before in the tensor's own dtype, and the fingerprint of the base
+tensor. Applying writes the values, removing writes the originals: both exact, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..core.errors import ThriftyError, nearest
+from ..core.plan import Plan
+from ..core.region import Region, region_from_files
+from .files import fingerprint, whole_folder
+
+__all__ = ["FORMAT", "Delta", "Piece"]
+
+FORMAT = 1
+_JSON, _TENSORS = "delta.json", "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What changed in one tensor: packed values after and before, in the tensor's dtype, on the CPU."""
+
+    region: Region
+    shape: tuple[int, ...]
+    values: Tensor
+    original: Tensor
+    fingerprint: str  # of the whole base tensor
+
+    def base_of(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` with the original values in the region."""
+        base = tensor.detach().clone()
+        self.region.scatter_(base, self.original)
+        return base
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    if any(hasattr(module, "_thrifty") for module in model.modules()):
+        raise ThriftyError("this model is still attached: call finish() on its tuning before a delta is applied or removed")
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+@dataclass
+class Delta:
+    """The result of an in-place method: parameter name -> `Piece`. `info` may hold a summary of the run."""
+
+    pieces: Mapping[str, Piece]
+    method: Mapping[str, Any]
+    total: int  # distinct parameters of the base
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        """Which regions changed."""
+        regions = {name: piece.region for name, piece in self.pieces.items()}
+        return Plan(regions, shapes={n: p.shape for n, p in self.pieces.items()}, total=self.total)
+
+    def _fits(self, model: nn.Module) -> dict[str, Tensor]:
+        parameters = _parameters(model)
+        for name, piece in self.pieces.items():
+            if name not in parameters:
+                close = nearest(name, parameters)
+                raise ThriftyError(f"the model has no tensor {name}" + (f" (nearest: {close})" if close else "")
+                                   + ": this delta is of another model")  # fmt: skip
+            tensor = parameters[name]
+            if tuple(tensor.shape) != piece.shape:
+                raise ThriftyError(f"{name} is {tuple(tensor.shape)}, the delta is of {piece.shape}: another model")
+            if tensor.dtype != piece.values.dtype:
+                raise ThriftyError(
+                    f"{name} is {tensor.dtype}, the delta was made on {piece.values.dtype}: "
+                    f"load the base with dtype={str(piece.values.dtype).removeprefix('torch.')}"
+                )
+        return {name: parameters[name] for name in self.pieces}
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Write the trained values into `model`, which must be the exact base; ThriftyError names the first tensor that
+        differs, and nothing is written. Returns `model`."""
+        tensors = self._fits(model)
+        for name, piece in self.pieces.items():
+            if fingerprint(tensors[name]) != piece.fingerprint:
+                applied = fingerprint(piece.base_of(tensors[name])) == piece.fingerprint
+                why = "the delta is applied already" if applied else "another base, or a changed one"
+                raise ThriftyError(f"{name} differs from the base of this delta: {why}")
+        for name, piece in self.pieces.items():
+            piece.region.scatter_(tensors[name].data, piece.values)
+        return model
+
+    def remove(self, model: nn.Module) -> nn.Module:
+        """Write the original values back; afterwards `model` is the base bit for bit, else ThriftyError and no change."""
+        tensors = self._fits(model)
+        for name, piece in self.pieces.items():
+            if fingerprint(piece.base_of(tensors[name])) != piece.fingerprint:
+                raise ThriftyError(f"{name} differs from the base of this delta outside its region: another base")
+        first = next(iter(self.pieces), None)
+        if all(fingerprint(tensors[name]) == piece.fingerprint for name, piece in self.pieces.items()) and first:
+            raise ThriftyError(f"{first} is the base already: the delta is not applied, there is nothing to remove")
+        for name, piece in self.pieces.items():
+            piece.region.scatter_(tensors[name].data, piece.original)
+        return model
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the folder, whole or not at all. An existing delta is replaced, anything else is refused."""
+        refuse_other(folder)
+        tensors: dict[str, Tensor] = {}
+        records: dict[str, Any] = {}
+        for name, piece in self.pieces.items():
+            region, index = piece.region.to_files()
+            records[name] = {"region": region, "of": list(piece.shape), "base_sha256": piece.fingerprint}
+            tensors[f"values:{name}"] = piece.values.contiguous()
+            tensors[f"base:{name}"] = piece.original.contiguous()
+            if index is not None:
+                tensors[f"index:{name}"] = index.contiguous()
+        head = {
+            "format": FORMAT,
+            "kind": "regions",
+            "thrifty": version("thrifty"),
+            "method": dict(self.method),
+            "total": self.total,
+            "tensors": records,
+            "info": self.info,
+        }
+        with whole_folder(folder) as aside:
+            save_file(tensors, aside / _TENSORS)
+            (aside / _JSON).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Delta:
+        """Read a folder that `save` wrote. ThriftyError where it is missing, damaged or of a newer format."""
+        head = read_head(folder)
+        if head["kind"] == "peft":
+            from .peer import PeerDelta
+
+            return PeerDelta.read(Path(folder), head)
+        file = Path(folder) / _TENSORS
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ThriftyError(f"{file} is damaged or incomplete ({error}): make or copy the delta again") from None
+        try:
+            pieces = {name: _piece(name, record, tensors) for name, record in head["tensors"].items()}
+            return Delta(pieces, method=head["method"], total=int(head["total"]), info=head.get("info", {}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ThriftyError(f"{Path(folder) / _JSON} lacks or garbles {error}: make or copy the delta again") from None
+
+
+def _piece(name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Piece:
+    region = region_from_files(record["region"], tensors.get(f"index:{name}"))
+    shape = tuple(int(n) for n in record["of"])
+    region.check(name, shape)
+    values, original = tensors[f"values:{name}"], tensors[f"base:{name}"]
+    size = region.size(shape)
+    if values.numel() != size or original.numel() != size or values.dtype != original.dtype:
+        raise ThriftyError(f"{name}: the delta holds {values.numel()} values for a region of {size}: it is damaged")
+    return Piece(region, shape, values, original, str(record["base_sha256"]))
+
+
+def refuse_other(folder: str | os.PathLike[str]) -> None:
+    """ThriftyError where `folder` exists and is no delta."""
+    path = Path(folder)
+    if path.exists() and not (path / _JSON).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise ThriftyError(f"{path} exists and is no delta: give another folder, or remove it first")
+
+
+def read_head(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """`delta.json`, checked for kind and format."""
+    path = Path(folder) / _JSON
+    if not path.is_file():
+        raise ThriftyError(f"{folder} is no delta folder: it holds no {_JSON}")
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ThriftyError(f"{path} is damaged ({error}): make or copy the delta again") from None
+    if not isinstance(head, dict) or head.get("kind") not in ("regions", "peft"):
+        raise ThriftyError(f"{path} describes no delta that this version knows")
+    if head.get("format") != FORMAT:
+        raise ThriftyError(f"{path} has format {head.get('format')!r}, this version reads {FORMAT}: upgrade thrifty")
+    return head

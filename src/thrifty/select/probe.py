@@ -1,0 +1,148 @@
+"""The probe: one pass over a few batches that collects block statistics of the gradients, and changes nothing.
+
+A unit is `rows` rows; every statistic is a mean over units, so the same data give the same plan whatever the batch size.
+Each gradient is reduced to block sums and freed as soon as autograd has made it: beside the weights there live one unit's
+activations and one matrix's gradient. Dropout is off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import ThriftyError
+from ..data.units import units
+from ..kernels.region_grad import block_sums
+
+__all__ = ["STATISTICS", "Loss", "Probe", "model_loss", "run_probe"]
+
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+# per number: what is summed over each block and over units; g gradient, w weight
+STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "abs_grad": lambda g, w: g.abs(),
+    "signed_grad": lambda g, w: g,
+    "squared_grad": lambda g, w: g.square(),
+    "weight_times_grad": lambda g, w: (w * g).abs(),
+}
+_CHUNK = 2**20  # numbers reduced at a time, so that no second tensor of a matrix's size is made
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The model's own loss."""
+    loss = model(**batch).loss
+    if loss is None:
+        raise ThriftyError("the model returned no loss: give batches with 'labels'")
+    return loss
+
+
+@dataclass
+class Probe:
+    """Sums of each statistic: `sums[statistic][parameter]`, float64 `[..., block rows, block columns]`, over `units`."""
+
+    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    units: int = 0
+    seconds: float = 0.0
+
+    def mean(self, statistic: str, name: str, *, sizes: Tensor) -> Tensor:
+        """Mean over units and over the numbers of each block (`sizes` counts them). ThriftyError if it is not finite."""
+        value = (self.sums[statistic][name] / (self.units * sizes)).abs()
+        if not bool(torch.isfinite(value).all()):
+            raise ThriftyError(
+                f"the probe's {statistic} of {name} is not finite: the loss overflows on this data; "
+                "try dtype float32, or look for broken rows"
+            )
+        return value
+
+
+@contextmanager
+def _only(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Nothing but `names` requires a gradient, dropout is off; restored on leaving, gradients too."""
+    parameters = dict(model.named_parameters())
+    before = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
+    training = [module for module in model.modules() if module.training]
+    chosen = {name: parameters[name] for name in names}
+    try:
+        model.eval()
+        for name, p in parameters.items():
+            p.requires_grad_(name in chosen)
+            p.grad = None
+        yield chosen
+    finally:
+        for name, p in parameters.items():
+            p.requires_grad_(before[name][0])
+            p.grad = before[name][1]
+        for module in training:
+            module.training = True
+
+
+def _reduce(gradient: Tensor, weight: Tensor, statistics: Iterable[str], grid: tuple[int, int]) -> dict[str, Tensor]:
+    h, w = grid
+    step = max(1, _CHUNK // (h * gradient.shape[-1])) * h
+    found: dict[str, list[Tensor]] = {statistic: [] for statistic in statistics}
+    for matrix, values in zip(gradient.flatten(0, -3) if gradient.ndim == 3 else [gradient],
+                              weight.flatten(0, -3) if weight.ndim == 3 else [weight], strict=True):  # fmt: skip
+        for i in range(0, matrix.shape[0], step):
+            g, v = matrix[i : i + step], values[i : i + step]
+            for statistic, parts in found.items():
+                parts.append(block_sums(STATISTICS[statistic](g.float() if g.dtype != torch.float64 else g, v), h=h, w=w))
+    lead = gradient.shape[:-2]
+    return {s: torch.cat(parts).double().view(*lead, -1, parts[0].shape[-1]) for s, parts in found.items()}
+
+
+def run_probe(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    grids: Mapping[str, tuple[int, int]],
+    statistics: Iterable[str],
+    loss: Loss = model_loss,
+    rows: int = 4,
+) -> Probe:
+    """Collect `statistics` of the parameters in `grids` (name -> block shape) over `batches`."""
+    start, probe, wanted = time.perf_counter(), Probe(), sorted(statistics)
+    device = next(model.parameters()).device
+    hooks: list[Any] = []
+
+    def collect(name: str) -> Callable[[Tensor], None]:
+        def hook(p: Tensor) -> None:
+            assert p.grad is not None
+            with torch.no_grad():
+                for statistic, sums in _reduce(p.grad, p, wanted, grids[name]).items():
+                    kept = probe.sums[statistic]
+                    kept[name] = kept[name] + sums if name in kept else sums
+            p.grad = None
+
+        return hook
+
+    probe.sums = {statistic: {} for statistic in wanted}
+    with _only(model, grids) as chosen, torch.enable_grad():
+        try:
+            hooks = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in chosen.items()]
+            for unit in units(batches, rows=rows):
+                labels = unit.get("labels")
+                if labels is None:
+                    raise ThriftyError("the probe needs batches with 'labels' (-100 where there is nothing to learn)")
+                if not bool((labels != -100).any()):
+                    continue
+                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in unit.items()}
+                loss(model, moved).backward()
+                probe.units += 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if probe.units == 0:
+        raise ThriftyError("the probe saw no label: batches is empty or every label is -100; check the data and max_length")
+    for statistic in wanted:
+        for name, p in chosen.items():
+            h, w = grids[name]
+            grid = (*p.shape[:-2], -(-p.shape[-2] // h), -(-p.shape[-1] // w))
+            probe.sums[statistic].setdefault(name, torch.zeros(grid, dtype=torch.float64, device=device))
+    probe.seconds = time.perf_counter() - start
+    return probe

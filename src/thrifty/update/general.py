@@ -1,0 +1,55 @@
+"""The general form: a parameter that no linear layer reads alone (tied, stacked, norms, a head read directly).
+
+Whoever reads the attribute sees the parameter through a function that returns it unchanged and whose backward gathers the
+region from the dense gradient that passes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .part import InPlaceModule, Part
+
+__all__ = ["seeing_class"]
+
+
+class _See(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, weight: Tensor, part: Part) -> Tensor:
+        ctx.part, ctx.stamp = part, part.stamp
+        ctx.leaf_dtype, ctx.leaf_shape = leaf.dtype, leaf.shape
+        return weight.detach()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.part.stamp != ctx.stamp:
+            raise RuntimeError(
+                f"the trained values of {ctx.part.name} changed between this forward and its backward: "
+                "call backward before the optimizer's step, or run the forward again"
+            )
+        return ctx.part.region.gather(d_weight).to(ctx.leaf_dtype).view(ctx.leaf_shape), None, None
+
+
+def _property(attribute: str) -> property:
+    def get(self: InPlaceModule) -> Tensor | None:
+        part, weight = self._thrifty[attribute], self._parameters[attribute]
+        if not torch.compiler.is_compiling():
+            part.flush()
+        if weight is None or not torch.is_grad_enabled() or not part.leaf.requires_grad:
+            return weight
+        return _See.apply(part.leaf, weight, part)  # type: ignore[no-any-return]
+
+    return property(get, doc=f"The parameter `{attribute}`, seen through its region's gradient.")
+
+
+@cache
+def seeing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
+    """`base` with `attributes` seen through their parts."""
+    body: dict[str, Any] = {attribute: _property(attribute) for attribute in sorted(attributes)}
+    return type(f"InPlace{base.__name__}", (InPlaceModule, base), body | {"__module__": __name__})

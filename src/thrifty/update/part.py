@@ -1,0 +1,207 @@
+"""One parameter trained in place: its region, its offset leaf, its original values, and when they are written into `W`.
+
+`W` is the frozen base weight and holds original + offset, rounded once. The leaf is the offset from the original values,
+float32 where `W` is of lower precision, so that small updates are not rounded away and weight decay pulls to the
+pretrained values. Two triggers write: a global hook after any optimizer's step, and a flag set whenever the leaf received
+a gradient, which the next forward clears by writing (optimizers that step elsewhere, offloaded ones).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..core.region import Region, Whole
+from .strips import merge_pending
+
+__all__ = ["LEAF_PREFIX", "InPlaceModule", "Part", "leaf_dtype"]
+
+LEAF_PREFIX = "thrifty_offset_"
+
+# ordered, with weak values: a WeakSet iterates in another order on each rank
+_LIVE: dict[int, weakref.ref[Part]] = {}
+_count = [0]
+_hooked: list[bool] = []
+
+
+def leaf_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the weight's own dtype where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    touched = False
+    for reference in list(_LIVE.values()):
+        part = reference()
+        if part is not None and id(part.leaf) in stepped:
+            part.write()
+            part.stamp += 1
+            touched = True
+    if touched:
+        merge_pending()
+
+
+class Part:
+    """The in-place training of one parameter (`attribute` of `module`; tied holders share the part)."""
+
+    def __init__(
+        self, module: nn.Module, attribute: str, *, name: str, region: Region, keep_original: bool = True
+    ) -> None:
+        self.module, self.attribute, self.name, self.region = module, attribute, name, region
+        weight = self.weight
+        self.in_leaf = isinstance(region, Whole) and weight.dtype == leaf_dtype(weight.dtype)
+        keep_original = keep_original or not self.in_leaf
+        self.original: Tensor | None = region.gather(weight) if keep_original else None
+        self.dirty, self.stamp, self.swapped = False, 0, False
+        if self.in_leaf:  # all of a float32 tensor: the tensor itself is the leaf, nothing has to be written
+            weight.requires_grad_(True)
+        else:
+            shape = region.packed_shape(weight.shape)
+            leaf = nn.Parameter(torch.zeros(shape, dtype=leaf_dtype(weight.dtype), device=weight.device))
+            module.register_parameter(LEAF_PREFIX + attribute, leaf)
+        self.arm()
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen base tensor `W`."""
+        weight = self.module._parameters[self.attribute]
+        assert weight is not None
+        return weight
+
+    @property
+    def leaf(self) -> nn.Parameter:
+        """The only trainable tensor of this part."""
+        leaf = self.module._parameters[self.attribute if self.in_leaf else LEAF_PREFIX + self.attribute]
+        assert leaf is not None
+        return leaf
+
+    def arm(self) -> None:
+        """Set the triggers; again after a deep copy, which drops them."""
+        _count[0] += 1
+        key = _count[0]
+        _LIVE[key] = weakref.ref(self, lambda _: _LIVE.pop(key, None))
+        if not _hooked:
+            _hooked.append(True)
+            register_optimizer_step_post_hook(_after_step)
+        if not self.in_leaf:
+            self._handle = self.leaf.register_post_accumulate_grad_hook(_mark_dirty(weakref.ref(self)))
+
+    def disarm(self) -> None:
+        """Take the triggers away."""
+        for key, reference in list(_LIVE.items()):
+            if reference() is self:
+                del _LIVE[key]
+        if not self.in_leaf:
+            self._handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_handle"}
+
+    def values(self) -> Tensor:
+        """original + offset, packed, rounded once to the dtype of `W`."""
+        if self.in_leaf:
+            return self.leaf.detach().clone()
+        assert self.original is not None
+        offset = self.leaf.detach()
+        return (self.original.to(offset.dtype).view_as(offset) + offset).to(self.weight.dtype)
+
+    def write(self) -> None:
+        """Write the trained values into `W`, through `.data`: autograd keeps `W` of graphs that are still alive."""
+        self.dirty = False
+        if not self.in_leaf:
+            self.region.scatter_(self.weight.data, self.values())
+
+    def flush(self) -> None:
+        """Write if a step may have gone unseen. Unconditional on the values: comparing them would wait for a GPU."""
+        if self.dirty and not self.swapped:
+            self.write()
+
+    def swap_in(self, values: Tensor) -> None:
+        """Put `values` into `W` in place of the trained ones, until `swap_out`."""
+        self.swapped = True
+        self.region.scatter_(self.weight.data, values)
+
+    def swap_out(self, values: Tensor) -> None:
+        """Put the trained `values` back."""
+        self.region.scatter_(self.weight.data, values)
+        self.swapped = False
+
+    @torch.no_grad()
+    def load(self, values: Tensor) -> None:
+        """Copy into the leaf in place (an optimizer holds the object) and write `W`."""
+        self.leaf.copy_(values)
+        self.write()
+        self.stamp += 1
+
+    @torch.no_grad()
+    def adopt_weight(self) -> None:
+        """`W` was loaded from outside: the offset becomes what `W` holds above the original values."""
+        if not self.in_leaf:
+            assert self.original is not None
+            loaded = self.region.gather(self.weight).to(self.leaf.dtype).view_as(self.leaf)
+            self.leaf.copy_(loaded - self.original.to(self.leaf.dtype).view_as(self.leaf))
+        self.dirty = False
+
+
+def _mark_dirty(reference: weakref.ref[Part]) -> Callable[[Tensor], None]:
+    def hook(_: Tensor) -> None:
+        part = reference()
+        if part is not None:
+            part.dirty = True
+
+    return hook
+
+
+class InPlaceModule(nn.Module):
+    """Mixed into the class of a module whose parameters are trained in place: keys and dtypes stay those of the base."""
+
+    _thrifty: dict[str, Part]  # attribute -> part
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for part in self._thrifty.values():
+            if part.module is self:
+                part.arm()
+
+    def _leaves(self) -> dict[str, nn.Parameter | None]:
+        return {k: p for k, p in self._parameters.items() if k.startswith(LEAF_PREFIX)}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for part in self._thrifty.values():
+            part.flush()
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        for key in self._leaves():
+            destination.pop(prefix + key, None)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        leaves = self._leaves()
+        for key in leaves:
+            del self._parameters[key]
+        try:
+            super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters.update(leaves)
+        for part in self._thrifty.values():
+            if part.module is self:
+                part.adopt_weight()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InPlaceModule:
+        before = {key: (leaf, leaf.detach().clone()) for key, leaf in self._leaves().items() if leaf is not None}
+        super()._apply(fn, recurse)
+        for key, (leaf, values) in before.items():  # .to(bfloat16) must not round the float32 leaf
+            now = self._parameters[key]
+            assert now is not None
+            if now.dtype != leaf_dtype(self._parameters[key.removeprefix(LEAF_PREFIX)].dtype):  # type: ignore[union-attr]
+                now.data = values.to(now.device)
+            if leaf.grad is not None and now.grad is not None and now.grad.dtype != now.dtype:
+                now.grad = None
+        for part in self._thrifty.values():
+            if part.module is self and part.original is not None:
+                part.original = fn(part.original)
+        return self

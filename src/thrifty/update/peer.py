@@ -1,0 +1,200 @@
+"""Peers: any PEFT method, run through PEFT itself, with the same handle as the in-place methods."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.budget import Budget, distinct_parameters
+from ..core.errors import ThriftyError
+from ..core.method import Method
+from ..core.plan import Plan
+from ..core.region import Whole
+from ..delta import fingerprint
+from ..delta.peer import PeerDelta, merge
+
+__all__ = ["PeerTuning", "PeftAdapter", "attach_peer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftAdapter:
+    """A part that PEFT places: `config` holds the arguments of PEFT's configuration class for `peft_type`."""
+
+    peft_type: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "peft"
+
+    def build(self) -> Any:
+        """PEFT's configuration object, fresh."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        return PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**copy.deepcopy(dict(self.config)))
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Take PEFT's layers off a model on which it failed half-way."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, key, child.get_base_layer())
+
+
+def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed: int) -> PeerTuning:
+    """Put the method's adapter on `model`. A budget is only checked: more than 5 % over is a ThriftyError."""
+    from peft import get_peft_model
+
+    adapter = method.parts[0].update
+    assert isinstance(adapter, PeftAdapter)
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    total = distinct_parameters(model)
+    base = {name: fingerprint(p) for name, p in model.named_parameters()}
+    config = adapter.build()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+        tuning = PeerTuning(wrapped, model, method, config=config, total=total, base=base, required=required)
+        tuning.check(budget)
+    except Exception as error:
+        _unwrap(model)
+        for name, p in model.named_parameters():
+            p.requires_grad_(required.get(name, p.requires_grad))
+        if isinstance(error, ThriftyError) or not isinstance(error, ValueError | TypeError):
+            raise
+        raise ThriftyError(f"PEFT refuses this {adapter.peft_type} configuration: {error}") from error
+    return tuning
+
+
+class PeerTuning:
+    """A model under a PEFT method. Train `model`, PEFT's wrapper; everything else as for `Tuning`."""
+
+    probe_seconds = 0.0
+
+    def __init__(
+        self,
+        wrapped: Any,
+        inner: nn.Module,
+        method: Method,
+        *,
+        config: Any,
+        total: int,
+        base: Mapping[str, str],
+        required: Mapping[str, bool],
+    ) -> None:
+        self.model, self.method, self._inner, self._config, self._total = wrapped, method, inner, config, total
+        self._required = required
+        leaves = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
+        self.plan = Plan(dict.fromkeys(leaves, Whole()), shapes={n: tuple(p.shape) for n, p in leaves.items()}, total=total)
+        self._leaves = leaves
+        self._start = {n: p.detach().clone() for n, p in leaves.items()}
+        self._base = self._touched(base)
+
+    def _touched(self, base: Mapping[str, str]) -> dict[str, str]:
+        """Fingerprints of the base weights under PEFT's layers."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        touched = {}
+        for name, module in self._inner.named_modules():
+            weight = f"{name}.weight"
+            if isinstance(module, BaseTunerLayer) and weight in base:
+                if fingerprint(module.get_base_layer().weight) != base[weight]:
+                    raise ThriftyError(
+                        f"this PEFT configuration changes the base weight {weight} when it starts, so its adapter alone "
+                        "would not hold the result: leave its init_* option at the default"
+                    )
+                touched[weight] = base[weight]
+        return touched
+
+    def check(self, budget: Budget | None) -> None:
+        """The configuration fixes the size; ThriftyError where it is more than 5 % over the budget."""
+        trained = self.trainable_parameters
+        if budget is None:
+            return
+        limit = budget.count if budget.count is not None else int((budget.fraction or 0) * self._total)
+        if trained > 1.05 * limit:
+            raise ThriftyError(
+                f"the PEFT configuration trains {trained:,} numbers, more than budget {budget} ({limit:,}) allows: "
+                "lower its rank, or remove budget"
+            )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """PEFT's trainable tensors."""
+        return list(self._leaves.values())
+
+    def named_leaves(self) -> dict[str, nn.Parameter]:
+        """Name in the wrapper -> tensor."""
+        return dict(self._leaves)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return self.plan.trainable_parameters
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained numbers over the base model's distinct parameters."""
+        return self.plan.trainable_share
+
+    def sync(self) -> None:
+        """Nothing to write: PEFT adds its parts in forward."""
+
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """The untouched model, for a reference pass, without gradients."""
+        with self.model.disable_adapter(), torch.no_grad():
+            yield self.model
+
+    def delta(self) -> PeerDelta:
+        """PEFT's adapter as it stands."""
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        config = copy.deepcopy(self.model.peft_config["default"])
+        config.inference_mode = True
+        return PeerDelta(
+            {}, method=self.method.to_dict(), total=self._total,
+            state={n: t.detach().cpu().clone() for n, t in state.items()}, config=config, base=dict(self._base),
+        )  # fmt: skip
+
+    def finish(self) -> nn.Module:
+        """The base model object with the adapter merged in; PEFT's wrapper where the method has nothing to merge."""
+        if self._config.is_prompt_learning:
+            return self.model  # type: ignore[no-any-return]
+        merged, self.difference = merge(self.model)
+        for name, p in merged.named_parameters():
+            p.requires_grad_(self._required.get(name, True))
+        return merged
+
+    def state(self) -> dict[str, Tensor]:
+        """The trainable tensors, for a checkpoint."""
+        return {name: p.detach() for name, p in self._leaves.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state()` back in place."""
+        for name in self._leaves.keys() ^ state.keys():
+            raise ThriftyError(f"the checkpoint and the adapter differ in {name}: resume with the run's own configuration")
+        for name, p in self._leaves.items():
+            p.copy_(state[name])
+
+    def check_gradients(self) -> None:
+        """After the first backward: ThriftyError names tensors without a gradient."""
+        without = [name for name, p in self._leaves.items() if p.grad is None]
+        if without:
+            raise ThriftyError(
+                f"{len(without)} of {len(self._leaves)} trained tensors got no gradient in the first step, first {without[0]}"
+            )
+
+    def check_changed(self) -> None:
+        """After the first step: ThriftyError where no trained value moved."""
+        if all(torch.equal(p.detach(), self._start[name]) for name, p in self._leaves.items()):
+            raise ThriftyError("no trained value moved in the first step: check the learning rate and the labels")
+        self._start = {}

@@ -1,0 +1,115 @@
+"""Strips: the input columns that some block uses, one contiguous copy, shared by the modules that read the same input.
+
+Which modules read the same input (q/k/v; gate/up) is seen while they run: the same tensor object, unmodified. Modules found
+to share are given the union of their columns after the next optimizer step, never between a forward and its backward, so
+that checkpointing saves the same shapes twice.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.region import BlockGroup
+from ..kernels.region_grad import StripGroup
+
+__all__ = ["Member", "Strips", "merge_pending"]
+
+
+class Strips:
+    """The union of columns of its members."""
+
+    def __init__(self, columns: Tensor) -> None:
+        self.columns = columns  # int64 [U], sorted
+        self.members: list[weakref.ref[Member]] = []
+
+
+class Member:
+    """One module's blocks, in terms of the strip it shares."""
+
+    def __init__(self, blocks: tuple[BlockGroup, ...], *, inputs: int, transposed: bool) -> None:
+        self.blocks, self.inputs, self.transposed = blocks, inputs, transposed
+        if transposed:  # stored [in, out]: a block's rows are inputs
+            columns = [(g.rows[:, None] + torch.arange(g.h)).flatten() for g in blocks]
+        else:
+            columns = [(g.cols[:, None] + torch.arange(g.w)).flatten() for g in blocks]
+        self.bind(Strips(torch.cat(columns).unique()))
+
+    def bind(self, strips: Strips) -> None:
+        """Point the blocks at the columns of `strips`."""
+        self.strips = strips
+        self.enlist()
+        self.groups = tuple(
+            StripGroup(
+                h=g.h,
+                w=g.w,
+                rows=self._slots(g.rows) if self.transposed else tuple(g.rows.tolist()),
+                slots=tuple(g.cols.tolist()) if self.transposed else self._slots(g.cols),
+                offset=g.offset,
+            )
+            for g in self.blocks
+        )
+
+    def _slots(self, columns: Tensor) -> tuple[int, ...]:
+        return tuple(torch.searchsorted(self.strips.columns, columns).tolist())
+
+    def enlist(self) -> None:
+        """Be known to the strips; again after a deep copy, whose weak references still point at the original."""
+        self.strips.members = [r for r in self.strips.members if r() is not None and r() is not self]
+        self.strips.members.append(weakref.ref(self))
+
+
+@dataclass
+class _Last:
+    """The strip taken last, held weakly: never `id` or `data_ptr`, which are reused once freed."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    strips: weakref.ref[Strips]
+    columns: Tensor
+    strip: weakref.ref[Tensor]
+    dtype: torch.dtype
+
+
+_last: list[_Last] = []
+_pending: list[tuple[weakref.ref[Strips], weakref.ref[Strips]]] = []
+
+
+def take(x: Tensor, member: Member, *, dtype: torch.dtype) -> Tensor:
+    """`x[..., columns]` as `[T, U]` in `dtype`, taken once for all members that read this very `x`."""
+    strips = member.strips
+    last = _last[0] if _last else None
+    if last is not None and last.x() is x and last.version == x._version and last.dtype == dtype:
+        other, strip = last.strips(), last.strip()
+        if other is strips and strip is not None and last.columns is strips.columns:
+            return strip
+        if other is not None and other is not strips:
+            _pending.append((weakref.ref(other), weakref.ref(strips)))
+    strip = take_plain(x, strips.columns.to(x.device), dtype=dtype)
+    _last[:] = [_Last(weakref.ref(x), x._version, weakref.ref(strips), strips.columns, weakref.ref(strip), dtype)]
+    return strip
+
+
+def take_plain(x: Tensor, columns: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """The plain form of `take`; without a copy where every column is used."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    return (flat if len(columns) == flat.shape[1] else flat.index_select(1, columns)).to(dtype)
+
+
+def merge_pending() -> None:
+    """Give modules seen to share an input the union of their columns."""
+    for a, b in _pending:
+        first, second = a(), b()
+        if first is None or second is None or first is second:
+            continue
+        members = [m for r in first.members + second.members if (m := r()) is not None]
+        if len({m.inputs for m in members}) != 1:
+            continue
+        union = Strips(torch.cat([first.columns, second.columns]).unique())
+        for member in members:
+            if member.strips is first or member.strips is second:
+                member.bind(union)
+    _pending.clear()

@@ -1,0 +1,224 @@
+"""Attaching a method to a model: any loop, any optimizer, from `attach` to `finish`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.budget import Budget
+from ..core.errors import ThriftyError
+from ..core.method import Method, parse_method
+from ..core.plan import Plan
+from ..delta import Delta, Piece, fingerprint
+from ..select.probe import Loss, model_loss, run_probe
+from .base import base_tensors, can_read_base
+from .part import Part
+from .peer import PeerTuning, attach_peer
+from .place import place, take_off
+
+__all__ = ["Tuning", "attach", "attach_with"]
+
+_log = logging.getLogger("thrifty")
+_KEEP_SHARE = 0.1  # originals of whole float32 tensors are kept below this share of the model, else re-read from the base
+
+
+class Tuning:
+    """A model with trainable parts in place. `model` is the object that was attached, `plan` says what is trained."""
+
+    def __init__(self, model: nn.Module, method: Method, plan: Plan, *, seed: int, probe_seconds: float) -> None:
+        self.model, self.method, self.plan, self.seed = model, method, plan, seed
+        self.probe_seconds = probe_seconds
+        self._required = {name: p.requires_grad for name, p in model.named_parameters()}
+        keep = plan.trainable_share < _KEEP_SHARE or not can_read_base(model)
+        self._parts: dict[str, Part] = place(model, plan, keep_originals=keep)
+        self._marks = {name: _mark(part) for name, part in self._parts.items() if part.in_leaf}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable leaves, in the plan's order: packed offsets from the original values (float32 `[n, h, w]` for
+        blocks), or the tensor itself where all of a float32 tensor is trained."""
+        return [part.leaf for part in self._live().values()]
+
+    def named_leaves(self) -> dict[str, nn.Parameter]:
+        """Parameter name -> its leaf."""
+        return {name: part.leaf for name, part in self._live().items()}
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return self.plan.trainable_parameters
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained numbers over the model's distinct parameters."""
+        return self.plan.trainable_share
+
+    def _live(self) -> dict[str, Part]:
+        if not self._parts:
+            raise ThriftyError("this tuning is finished: attach the model again to train it further")
+        return self._parts
+
+    def sync(self) -> None:
+        """Write the trained values into the weights now. Needed only after an optimizer that PyTorch does not know."""
+        for part in self._live().values():
+            part.write()
+
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """The untouched model, for a reference pass: `with tuning.base(): model(...)`. Gradients are off inside."""
+        parts = self._live()
+        originals = self._originals()
+        with ExitStack() as stack:
+            for name, part in parts.items():
+                part.flush()
+                values = part.values()
+                stack.callback(part.swap_out, values)
+                part.swap_in(originals[name])
+            with torch.no_grad():
+                yield self.model
+
+    def _originals(self) -> dict[str, Tensor]:
+        kept = {name: part.original for name, part in self._live().items()}
+        missing = [name for name, values in kept.items() if values is None]
+        if missing:
+            read = base_tensors(self.model, missing)
+            kept |= {name: self.plan[name].gather(read[name].to(self._parts[name].weight)) for name in missing}
+        return {name: values for name, values in kept.items() if values is not None}
+
+    def delta(self) -> Delta:
+        """What changed so far, exact: the region's values before and after."""
+        originals, pieces = self._originals(), {}
+        for name, part in self._live().items():
+            part.flush()
+            base = part.weight.detach().clone()
+            part.region.scatter_(base, originals[name])
+            pieces[name] = Piece(
+                region=part.region,
+                shape=tuple(base.shape),
+                values=part.region.gather(part.weight).cpu(),
+                original=originals[name].cpu(),
+                fingerprint=fingerprint(base),
+            )
+        return Delta(pieces, method=self.method.to_dict(), total=self.plan.total)
+
+    def finish(self) -> nn.Module:
+        """Plain modules with the trained weights, `requires_grad` as before: the model object that was attached."""
+        take_off(self.model, self._live())
+        self._parts = {}
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(self._required.get(name, p.requires_grad))
+            p.grad = None
+        return self.model
+
+    def state(self) -> dict[str, Tensor]:
+        """The leaves by parameter name, for a checkpoint."""
+        return {name: part.leaf.detach() for name, part in self._live().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put the leaves of `state()` back, in place, and write the weights. ThriftyError names what does not fit."""
+        parts = self._live()
+        for name in parts.keys() ^ state.keys():
+            raise ThriftyError(f"the checkpoint and the plan differ in {name}: resume with the run's own configuration")
+        for name, part in parts.items():
+            if state[name].shape != part.leaf.shape:
+                raise ThriftyError(
+                    f"{name}: the checkpoint holds {tuple(state[name].shape)}, the plan {tuple(part.leaf.shape)}: "
+                    "resume with the run's own configuration"
+                )
+        for name, part in parts.items():
+            part.load(state[name])
+
+    def check_gradients(self) -> None:
+        """After the first backward: ThriftyError names parts that got no gradient and so would never train."""
+        parts = self._live()
+        without = [name for name, part in parts.items() if part.leaf.grad is None]
+        blind = [name for name in without if not parts[name].in_leaf]
+        if blind or len(without) == len(parts):
+            first = (blind or without)[0]
+            raise ThriftyError(
+                f"{len(without)} of {len(parts)} trained tensors got no gradient in the first step, first {first}: "
+                "something reads these weights past their modules, or the loss does not depend on them; "
+                "leave them out with target_modules"
+            )
+        if without:
+            _log.warning("%d whole tensors got no gradient and stay as they are, first %s", len(without), without[0])
+
+    def check_changed(self) -> None:
+        """After the first step with a learning rate above 0: ThriftyError where no trained value moved."""
+        for name, part in self._live().items():
+            if not torch.equal(_mark(part), self._marks[name]) if part.in_leaf else bool(part.leaf.detach().any()):
+                return
+        raise ThriftyError(
+            "no trained value moved in the first step: give the optimizer tuning.parameters(), "
+            "a learning rate above 0, and labels that are not all -100"
+        )
+
+
+def _mark(part: Part) -> Tensor:
+    """Enough of a whole tensor to see that it moved: one sum per row, float64."""
+    return part.leaf.detach().double().flatten(1).sum(1) if part.leaf.ndim > 1 else part.leaf.detach().clone()
+
+
+def attach(
+    model: nn.Module,
+    method: str | Mapping[str, Any] | Method,
+    *,
+    budget: Budget | float | int | str | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    seed: int = 0,
+) -> Tuning | PeerTuning:
+    """Make `model` trainable by `method` ("smt", `{"smt": {"block_size": 32}}`, or a Method), in place.
+
+    budget: a ceiling on trained numbers: a share of the model's distinct parameters (0.01, "1%") or a count.
+    batches: dicts with `input_ids`, `attention_mask`, `labels` (int64 `[B, T]`), for methods that look at gradients first.
+    Changes nothing if it raises (ThriftyError). For `{"peft": {...}}` train `tuning.model`, PEFT's wrapper.
+    """
+    return attach_with(model, method, budget=budget, batches=batches, seed=seed)
+
+
+def attach_with(
+    model: nn.Module,
+    method: str | Mapping[str, Any] | Method,
+    *,
+    budget: Budget | float | int | str | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    loss: Loss = model_loss,
+    plan: Plan | None = None,
+    probe_rows: int = 4,
+) -> Tuning | PeerTuning:
+    """`attach` with the loss of a run, or with a `plan` to restore (then nothing is probed)."""
+    method = parse_method(method)
+    limit = None if budget is None else Budget.parse(budget)
+    if any(hasattr(module, "_thrifty") for module in model.modules()):
+        raise ThriftyError("this model is attached already: call finish() on its tuning first")
+    (part,) = method.parts
+    if part.select is None:
+        return attach_peer(model, method, budget=limit, seed=seed)
+    seconds = 0.0
+    if plan is None:
+        part.select.check(model, limit)
+        probe = None
+        if method.needs_probe:
+            if batches is None:
+                raise ThriftyError(
+                    f"method {method.name!r} looks at gradients first: pass batches=[...] "
+                    "(dicts with input_ids, attention_mask, labels)"
+                )
+            probe = run_probe(
+                model,
+                batches,
+                grids=part.select.grids(model, limit),
+                statistics=part.select.statistics,
+                loss=loss,
+                rows=probe_rows,
+            )
+            seconds = probe.seconds
+        plan = part.select.select(model, probe=probe, budget=limit, seed=seed)
+    else:
+        plan = Plan.of(model, plan)
+    return Tuning(model, method, plan, seed=seed, probe_seconds=seconds)
