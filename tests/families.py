@@ -21,7 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
-__all__ = ["FAMILIES", "ENCODERS", "VOCAB", "batches", "build", "classifier_batches", "config"]
+__all__ = ["ENCODERS", "FAMILIES", "VOCAB", "batches", "build", "classifier_batches", "config"]
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gemma2", "granite", "mixtral")
 ENCODERS = ("bert_classifier", "bert_encoder")
