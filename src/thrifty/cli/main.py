@@ -1,0 +1,150 @@
+"""`thrifty <verb> ...`: the parser, and what errors look like. Only the chosen verb imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from thrifty import __version__
+from thrifty.core.errors import ThriftyError, nearest
+
+from . import verbs
+
+__all__ = ["main", "parser"]
+
+_OTHER_VERBS = {
+    **dict.fromkeys(("finetune", "fine-tune", "fit", "tune", "sft", "run"), "train"),
+    **dict.fromkeys(("evaluate", "test", "score"), "eval"),
+    **dict.fromkeys(("merge", "save", "convert"), "export"),
+    **dict.fromkeys(("generate", "ask", "inference"), "chat"),
+    **dict.fromkeys(("list", "ls", "method"), "methods"),
+    **dict.fromkeys(("version", "info", "doctor"), "env"),
+    **dict.fromkeys(("new", "create"), "init"),
+}
+_SETTINGS = "settings over the run file: max_steps=50 method.smt.block_size=64 data.eval=held_out.jsonl"
+# What the user can mend; any other OSError is a defect and keeps its traceback.
+_MENDABLE = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the disk is read-only",
+    errno.ENOTDIR: "a part of this path is a file",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        flags = [word for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments: --"):
+            name = flags[0].split("=")[0].lstrip("-").replace("-", "_")
+            message += f" (settings are written without dashes: {name}=...)"
+        raise ThriftyError(f"{message}; see `{self.prog} --help`")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs. Each sets `call`, which takes the parsed arguments and returns the exit code."""
+    top = _Parser(
+        prog="thrifty",
+        description="Fine-tune language models at the lowest cost.",
+        epilog="`thrifty <verb> --help` says more. Start with `thrifty demo`, or `thrifty init`.",
+    )
+    top.add_argument("--version", action="version", version=f"thrifty {__version__}")
+    all_verbs = top.add_subparsers(dest="verb", metavar="<verb>", parser_class=_Parser)
+
+    def verb(name: str, summary: str, call: verbs.Verb) -> argparse.ArgumentParser:
+        sub = all_verbs.add_parser(name, help=summary, description=f"{summary}.")
+        sub.set_defaults(call=call)
+        return sub
+
+    demo = verb("demo", "Fine-tune the embedded model in a few minutes, and see that it learned", verbs.demo)
+    demo.add_argument("settings", nargs="*", metavar="key=value", help="such as max_steps=100 output_dir=out/demo")
+
+    init = verb("init", "Write a commented run file", verbs.init)
+    init.add_argument("file", nargs="?", default="run.yaml", help="run.yaml unless given; never overwritten")
+    init.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
+    init.add_argument("--data", default="train.jsonl", help="the file to train on")
+    init.add_argument("--eval", default=None, metavar="DATA", help="held-out rows")
+
+    train = verb("train", "Fine-tune a model", verbs.train)
+    train.add_argument("items", nargs="+", metavar="[run.yaml] key=value", help=f"a run file, and {_SETTINGS}")
+
+    evaluate = verb("eval", "Measure a model, a model with a delta, or a finished run", verbs.evaluate)
+    _model(evaluate)
+    evaluate.add_argument(
+        "settings", nargs="*", metavar="[run.yaml] key=value", help="what to measure: data.eval=... eval.*"
+    )
+
+    export = verb("export", "Write a plain checkpoint that transformers alone loads", verbs.export)
+    export.add_argument("source", metavar="RUN|DELTA", help="the folder of a run, or of a delta")
+    export.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument(
+        "--base", metavar="MODEL", help="the model that the delta belongs to, where its run does not say"
+    )
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the run's own unless given")
+
+    chat = verb("chat", "Talk to a model, a model with a delta, or a finished run", verbs.chat)
+    _model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told first")
+
+    methods = verb("methods", "List the methods, one name a line, or describe one", verbs.methods)
+    methods.add_argument("name", nargs="?", help="the method to describe")
+
+    verb("env", "Report versions, devices and what is missing for what", verbs.env)
+    return top
+
+
+def _model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL|RUN", help="smollm2-135m, a folder, a hub id, or the folder of a run")
+    sub.add_argument("--delta", metavar="FOLDER", help="a delta to apply to the model")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0; 2 where the user must mend something (one line on stderr); 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        top = parser()
+        _check_verb(words, top)
+        parsed = top.parse_args(words)
+        code = parsed.call(parsed)
+        sys.stdout.flush()
+        return code
+    except ThriftyError as error:
+        return _say(str(error), 2)
+    except KeyboardInterrupt:
+        return _say("stopped", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`thrifty methods | head -1`); nothing is left to say or to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        return _say(f"{error.filename or 'writing'}: {_MENDABLE[error.errno]}", 2)
+
+
+def _check_verb(words: list[str], top: argparse.ArgumentParser) -> None:
+    (choices,) = (action.choices for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    names = list(choices or ())
+    word = next((word for word in words if not word.startswith("-")), None)
+    if word is None:
+        if not words:
+            raise ThriftyError(f"no verb given: one of {', '.join(names)}; see `thrifty --help`")
+        return
+    if word in names or words[0].startswith("-"):
+        return
+    if word.endswith((".yaml", ".yml")) or "=" in word:
+        raise ThriftyError(f"no verb given; did you mean `thrifty train {' '.join(words)}`?")
+    close = _OTHER_VERBS.get(word.lower()) or nearest(word, [*names, *_OTHER_VERBS])
+    close = _OTHER_VERBS.get(close or "", close)
+    hint = f"; did you mean `thrifty {close}`?" if close else ""
+    raise ThriftyError(f"unknown verb {word!r}{hint} (known: {', '.join(names)})")
+
+
+def _say(text: str, code: int) -> int:
+    print(f"thrifty: {' '.join(text.split())}", file=sys.stderr)
+    return code

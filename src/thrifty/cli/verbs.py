@@ -1,0 +1,98 @@
+"""One small function a verb: arguments in, one call, print, exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from thrifty.core.errors import ThriftyError
+
+__all__ = ["Verb", "chat", "demo", "env", "evaluate", "export", "init", "methods", "train"]
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    from thrifty.run.demo import demo
+
+    _, settings = _split(arguments.settings)
+    folders = [text.partition("=")[2] for text in settings if text.startswith("output_dir=")]
+    overrides = [text for text in settings if not text.startswith("output_dir=")]
+    return demo(output_dir=folders[-1] if folders else "out/demo", overrides=overrides)
+
+
+def init(arguments: argparse.Namespace) -> int:
+    from thrifty.run.init import init
+
+    path = init(arguments.file, model=arguments.model, train=arguments.data, eval=arguments.eval)
+    print(f"wrote {path}; now: thrifty train {path}")
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from thrifty.run.config import load_config
+    from thrifty.run.train import train
+
+    file, settings = _split(arguments.items)
+    train(load_config(file, settings).to_dict())
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from thrifty.run.config import load_config
+    from thrifty.run.evaluate import run_eval
+    from thrifty.run.folder import locate
+
+    place = locate(arguments.model, delta=arguments.delta)
+    file, settings = _split(arguments.settings)
+    config = load_config(file or place.run_file, [*settings, f"model={place.model}"], needs_training_data=False)
+    for name, value in run_eval(place.model, delta=place.delta, config=config).items():
+        print(f"{name}: {value:.6g}")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    from thrifty.run.export import export
+
+    print(export(arguments.source, output=arguments.output, base=arguments.base, dtype=arguments.dtype))
+    return 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    from thrifty.run.chat import chat
+    from thrifty.run.folder import locate
+
+    place = locate(arguments.model, delta=arguments.delta)
+    chat(place.model, delta=place.delta, system=arguments.system)
+    return 0
+
+
+def methods(arguments: argparse.Namespace) -> int:
+    from thrifty.core.registry import get, records
+    from thrifty.run.about import describe
+
+    if arguments.name:
+        print(describe(get(arguments.name)))
+        return 0
+    known = records()
+    width = max(map(len, known), default=0)
+    for name, record in known.items():
+        print(f"{name:{width}}  {record.summary}" if sys.stdout.isatty() else name)
+    return 0
+
+
+def env(arguments: argparse.Namespace) -> int:
+    from thrifty.run.about import environment
+
+    print(environment())
+    return 0
+
+
+def _split(items: list[str]) -> tuple[str | None, list[str]]:
+    """The run file, if one is named, and the settings."""
+    files = [item for item in items if "=" not in item or Path(item).is_file()]
+    if len(files) > 1:
+        raise ThriftyError(f"one run file at a time: {files[0]!r} and {files[1]!r}; settings are written key=value")
+    return (files[0] if files else None), [item for item in items if item not in files]
