@@ -1,0 +1,44 @@
+"""Rows from files and hub ids, the chat template, labels on the answers, batches.
+
+`load` reads sources into `Example`s, `encode_all` turns them into ids and labels, `collate` into batches. What is
+trained is told in `encode`, the plain form of a conversation where a tokenizer has no chat template in `template`.
+Importing this room does not import torch: a mistake in a run file is told at once.
+"""
+
+from thrifty.data.collate import collate
+from thrifty.data.encode import (
+    DataReport,
+    Encoded,
+    chat_prompt,
+    check_vocabulary,
+    encode,
+    encode_all,
+    encode_options,
+    prompt_and_reference,
+    stop_ids,
+)
+from thrifty.data.shapes import Example, answer, options, with_answer
+from thrifty.data.source import Source, load
+from thrifty.data.units import units
+from thrifty.data.windows import windows
+
+__all__ = [
+    "DataReport",
+    "Encoded",
+    "Example",
+    "Source",
+    "answer",
+    "chat_prompt",
+    "check_vocabulary",
+    "collate",
+    "encode",
+    "encode_all",
+    "encode_options",
+    "load",
+    "options",
+    "prompt_and_reference",
+    "stop_ids",
+    "units",
+    "windows",
+    "with_answer",
+]
