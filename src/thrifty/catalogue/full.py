@@ -20,6 +20,7 @@ def full() -> Method:
     """Train every parameter of the model.
 
     W <- W - lr * AdamW(dL/dW) for all W. A float32 tensor is trained itself; one of lower precision through a float32
-    offset, so that small updates are not rounded away. When not to use it: where memory or the size of the result counts.
+    offset, so that small updates are not rounded away. When not to use it: where memory or the size of the result
+    counts.
     """
     return Method(name="full", parts=(Part(select=Everything(), update=InPlace()),))

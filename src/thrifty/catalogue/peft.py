@@ -22,9 +22,9 @@ __all__ = ["peft"]
 def peft(*, peft_type: str = "LORA", **config: Any) -> Method:
     """Run any PEFT configuration as the peer it is: {peft: {peft_type: LORA, r: 16, lora_alpha: 32}}.
 
-    All other keys go to PEFT's configuration class for that type (r, lora_alpha, use_dora, target_modules, ...). Unlike in
-    PEFT, target_modules defaults to all-linear and task_type to CAUSAL_LM. The configuration fixes the size: a budget
-    beside it is only checked. When not to use it: for an exact, removable delta (a merged adapter is rounded).
+    All other keys go to PEFT's configuration class for that type (r, lora_alpha, use_dora, target_modules, ...).
+    Unlike in PEFT, target_modules defaults to all-linear and task_type to CAUSAL_LM. The configuration fixes the size:
+    a budget beside it is only checked. When not to use it: for an exact, removable delta (a merged adapter is rounded).
     """
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

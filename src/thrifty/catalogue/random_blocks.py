@@ -23,8 +23,8 @@ def random_blocks(
 ) -> Method:
     """Train, in place, blocks chosen at random by the seed.
 
-    Every block B of the candidate matrices is equally likely; W[B] alone is trained. When not to use it: for quality; it
-    tells how much of another method's result is due to where it trains.
+    Every block B of the candidate matrices is equally likely; W[B] alone is trained. When not to use it: for quality;
+    it tells how much of another method's result is due to where it trains.
     """
     select = TopBlocks(score="random", scope=scope, block_size=block_size, target_modules=target_modules)
     return Method(name="random_blocks", parts=(Part(select=select, update=InPlace()),))

@@ -16,7 +16,7 @@ __all__ = ["smt"]
     family="block-sparse",
     paper="He, Li, Jiang, Miller: Sparse Matrix in Large Language Model Fine-tuning, arXiv 2405.15525",
     learning_rate=1e-3,
-    cost="16 bytes per trained number; forward as the base model; backward dy W plus dy[:, rows]^T x[:, cols] per block",
+    cost="16 bytes per trained number; forward as the base model; backward dy W + dy[:, rows]^T x[:, cols] per block",
     needs_probe=True,
 )
 def smt(
@@ -28,12 +28,13 @@ def smt(
 ) -> Method:
     """Train, in place, only the blocks of the weights whose gradients are largest.
 
-    Section 3 of the paper: cut each matrix W into l x l blocks B and score each by mean |dL/dW| over the block, measured on
-    a few batches before training; keep the best blocks under the budget and train W[B] alone. Unlike the released code the
-    probe changes no weight, so the result is block-sparse exactly. The paper's main runs use l = 256 and choose among Q, K
-    and V: `block_size: 256`, `target_modules: [q_proj, k_proj, v_proj]`.
+    Section 3 of the paper: cut each matrix W into l x l blocks B and score each by mean |dL/dW| over the block,
+    measured on a few batches before training; keep the best blocks under the budget and train W[B] alone. Unlike the
+    released code the probe changes no weight, so the result is block-sparse exactly. The paper's main runs use l = 256
+    and choose among Q, K and V: `block_size: 256`, `target_modules: [q_proj, k_proj, v_proj]`.
 
-    When not to use it: without labelled batches to probe (take random_blocks), or where a model's weights are quantized.
+    When not to use it: without labelled batches to probe (take random_blocks), or where a model's weights are
+    quantized.
     """
     select = TopBlocks(score=score, scope=scope, block_size=block_size, target_modules=target_modules)
     return Method(name="smt", parts=(Part(select=select, update=InPlace()),))

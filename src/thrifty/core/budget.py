@@ -28,7 +28,8 @@ class Budget:
     def parse(cls, value: Budget | float | int | str) -> Budget:
         """A float in (0, 1] is a fraction, an integer >= 2 a count, "1%" a fraction. ThriftyError otherwise."""
         wrong = ThriftyError(
-            f"budget {value!r} is neither a share (0.01 or '1%', above 0 and at most 1) nor a count (an integer of 2 or more)"
+            f"budget {value!r} is neither a share (0.01 or '1%', above 0 and at most 1) "
+            "nor a count (an integer of 2 or more)"
         )
         if isinstance(value, Budget):
             return value

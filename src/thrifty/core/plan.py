@@ -76,8 +76,8 @@ class Plan(Mapping[str, Region]):
         trained = self.trainable_parameters
         mib = 16 * trained / 2**20
         lines = [
-            f"{trained:,} of {self.total:,} numbers trained ({100 * self.trainable_share:.3g}%) in {len(self)} tensors; "
-            f"{mib:.1f} MiB for values, gradients and AdamW state"
+            f"{trained:,} of {self.total:,} numbers trained ({100 * self.trainable_share:.3g}%) in {len(self)} tensors"
+            f"; {mib:.1f} MiB for values, gradients and AdamW state"
         ]
         by_kind: Counter[str] = Counter()
         by_layer: Counter[int] = Counter()
@@ -85,7 +85,9 @@ class Plan(Mapping[str, Region]):
             by_kind[kind_of(name)] += size
             if (layer := _layer_of(name)) is not None:
                 by_layer[layer] += size
-        lines.append("by kind:  " + "  ".join(f"{k} {n:,} ({100 * n / trained:.0f}%)" for k, n in by_kind.most_common()))
+        lines.append(
+            "by kind:  " + "  ".join(f"{k} {n:,} ({100 * n / trained:.0f}%)" for k, n in by_kind.most_common())
+        )
         if by_layer:
             lines.append("by layer: " + "  ".join(f"{i}: {100 * by_layer[i] / trained:.1f}%" for i in sorted(by_layer)))
         return "\n".join(lines)

@@ -2,8 +2,8 @@
 
 A region knows nothing of values. It counts, gathers from and scatters to a tensor, and draws itself as a boolean mask.
 `Whole` and `Blocks` work on tensors of any rank that they accept; `Blocks` takes matrices `[out, in]` and stacked
-experts `[experts, out, in]`. Packed values are ordered group by group: whole blocks first, then the smaller blocks of the
-bottom edge, the right edge and the corner, so that each group is one dense `[n, h, w]` piece.
+experts `[experts, out, in]`. Packed values are ordered group by group: whole blocks first, then the smaller blocks of
+the bottom edge, the right edge and the corner, so that each group is one dense `[n, h, w]` piece.
 """
 
 from __future__ import annotations
@@ -116,8 +116,9 @@ class BlockGroup:
 class Blocks:
     """Blocks of `shape` (rows, columns) of a matrix; edge blocks are smaller where the size does not divide.
 
-    `index`: int64 `[n, 2]` (block row, block column), or `[n, 3]` (expert, block row, block column) for stacked experts;
-    kept sorted, without duplicates, on the CPU. A whole column is a block of shape `(out, 1)`, a whole row `(1, in)`.
+    `index`: int64 `[n, 2]` (block row, block column), or `[n, 3]` (expert, block row, block column) for stacked
+    experts; kept sorted, without duplicates, on the CPU. A whole column is a block of shape `(out, 1)`, a whole row
+    `(1, in)`.
     """
 
     shape: tuple[int, int]
@@ -198,7 +199,9 @@ class Blocks:
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         if len(shape) != self.index.shape[1]:
-            raise ThriftyError(f"{name} has shape {tuple(shape)}, but its blocks are indexed by {self.index.shape[1]} axes")
+            raise ThriftyError(
+                f"{name} has shape {tuple(shape)}, but its blocks are indexed by {self.index.shape[1]} axes"
+            )
         if len(self.index) == 0:
             raise ThriftyError(f"{name} has no block in the plan: leave it out")
         h, w = self.shape

@@ -49,7 +49,9 @@ def method(
     def register(build: _Build) -> _Build:
         name = build.__name__
         if name in _RECORDS:
-            raise ThriftyError(f"two methods are called {name!r}: {_RECORDS[name].build.__module__} and {build.__module__}")
+            raise ThriftyError(
+                f"two methods are called {name!r}: {_RECORDS[name].build.__module__} and {build.__module__}"
+            )
         _RECORDS[name] = MethodRecord(
             name=name,
             family=family,

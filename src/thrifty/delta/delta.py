@@ -1,7 +1,7 @@
 """Delta: what changed, exact. A folder with `delta.json` (what, of which base) and `delta.safetensors` (the numbers).
 
-For each touched tensor: the region, its values after and before in the tensor's own dtype, and the fingerprint of the base
-tensor. Applying writes the values, removing writes the originals: both exact, bit for bit.
+For each touched tensor: the region, its values after and before in the tensor's own dtype, and the fingerprint of the
+base tensor. Applying writes the values, removing writes the originals: both exact, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -49,7 +48,9 @@ class Piece:
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     if any(hasattr(module, "_thrifty") for module in model.modules()):
-        raise ThriftyError("this model is still attached: call finish() on its tuning before a delta is applied or removed")
+        raise ThriftyError(
+            "this model is still attached: call finish() on its tuning before a delta is applied or removed"
+        )
     return dict(model.named_parameters(remove_duplicate=False))
 
 
@@ -73,8 +74,11 @@ class Delta:
         for name, piece in self.pieces.items():
             if name not in parameters:
                 close = nearest(name, parameters)
-                raise ThriftyError(f"the model has no tensor {name}" + (f" (nearest: {close})" if close else "")
-                                   + ": this delta is of another model")  # fmt: skip
+                raise ThriftyError(
+                    f"the model has no tensor {name}"
+                    + (f" (nearest: {close})" if close else "")
+                    + ": this delta is of another model"
+                )
             tensor = parameters[name]
             if tuple(tensor.shape) != piece.shape:
                 raise ThriftyError(f"{name} is {tuple(tensor.shape)}, the delta is of {piece.shape}: another model")
@@ -99,7 +103,8 @@ class Delta:
         return model
 
     def remove(self, model: nn.Module) -> nn.Module:
-        """Write the original values back; afterwards `model` is the base bit for bit, else ThriftyError and no change."""
+        """Write the original values back; afterwards `model` is the base bit for bit, else ThriftyError and no
+        change."""
         tensors = self._fits(model)
         for name, piece in self.pieces.items():
             if fingerprint(piece.base_of(tensors[name])) != piece.fingerprint:
@@ -153,7 +158,9 @@ class Delta:
             pieces = {name: _piece(name, record, tensors) for name, record in head["tensors"].items()}
             return Delta(pieces, method=head["method"], total=int(head["total"]), info=head.get("info", {}))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ThriftyError(f"{Path(folder) / _JSON} lacks or garbles {error}: make or copy the delta again") from None
+            raise ThriftyError(
+                f"{Path(folder) / _JSON} lacks or garbles {error}: make or copy the delta again"
+            ) from None
 
 
 def _piece(name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Piece:

@@ -1,5 +1,5 @@
-"""The result of a PEFT method: PEFT's own adapter folder, wrapped. Merging it is not exact on stored weights, so the largest
-logit difference between the adapter and its merge is measured each time."""
+"""The result of a PEFT method: PEFT's own adapter folder, wrapped. Merging it is not exact on stored weights, so the
+largest logit difference between the adapter and its merge is measured each time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _logits(model: nn.Module) -> Tensor:
     training = model.training
     output = model.eval()(input_ids=ids)
     model.train(training)
-    return (output.logits if hasattr(output, "logits") else output[0]).float()  # type: ignore[no-any-return]
+    return (output.logits if hasattr(output, "logits") else output[0]).float()
 
 
 def logit_difference(before: Tensor, after: Tensor) -> float:
@@ -66,7 +66,8 @@ class PeerDelta(Delta):
     _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Put the adapter on `model` through PEFT and merge it. Returns `model`; the originals stay in memory for `remove`."""
+        """Put the adapter on `model` through PEFT and merge it. Returns `model`; the originals stay in memory for
+        `remove`."""
         from peft import PeftModel, set_peft_model_state_dict
 
         parameters = _parameters(model)
@@ -80,7 +81,7 @@ class PeerDelta(Delta):
                 "load its adapter folder with peft.PeftModel.from_pretrained"
             )
         originals = {name: p.detach().clone() for name, p in parameters.items()}
-        wrapped = PeftModel(model, self.config)  # type: ignore[arg-type]
+        wrapped = PeftModel(model, self.config)
         set_peft_model_state_dict(wrapped, dict(self.state))
         merged, self.difference = merge(wrapped)
         now = dict(merged.named_parameters(remove_duplicate=False))
@@ -130,8 +131,15 @@ class PeerDelta(Delta):
             state = load_file(file)
             config = PeftConfig.from_pretrained(str(folder / _ADAPTER))
         except (SafetensorError, OSError, ValueError) as error:
-            raise ThriftyError(f"{file.parent} is damaged or incomplete ({error}): make or copy the delta again") from None
+            raise ThriftyError(
+                f"{file.parent} is damaged or incomplete ({error}): make or copy the delta again"
+            ) from None
         return cls(
-            {}, method=head["method"], total=int(head["total"]), info=dict(head.get("info", {})),
-            state=state, config=config, base=dict(head.get("base_sha256", {})),
-        )  # fmt: skip
+            {},
+            method=head["method"],
+            total=int(head["total"]),
+            info=dict(head.get("info", {})),
+            state=state,
+            config=config,
+            base=dict(head.get("base_sha256", {})),
+        )

@@ -40,7 +40,8 @@ def _by_block(dy_TO: Tensor, x_TU: Tensor, group: StripGroup, out: Tensor) -> No
 
 
 def _by_line(a_TA: Tensor, b_TB: Tensor, *, a: Sequence[int], b: Sequence[int], h: int, w: int, out: Tensor) -> None:
-    """One product for all blocks that share a start in `b`: gathers their `a` columns side by side. `out`: [n, h, w]."""
+    """One product for all blocks that share a start in `b`: gathers their `a` columns side by side. `out`: [n, h,
+    w]."""
     lines: dict[int, list[int]] = defaultdict(list)
     for k, start in enumerate(b):
         lines[start].append(k)

@@ -29,7 +29,8 @@ def auto_block_size(numbers: int) -> int:
 
 
 def block_shape(block_size: BlockSize, target: Target, *, numbers: int) -> tuple[int, int]:
-    """The stored shape `(h, w)` of a block; `column` is one input, `row` one output, `[rows, columns]` outputs x inputs."""
+    """The stored shape `(h, w)` of a block; `column` is one input, `row` one output, `[rows, columns]` outputs x
+    inputs."""
     out, columns = target.out_in
     if block_size == "auto":
         block_size = auto_block_size(numbers)
@@ -39,13 +40,16 @@ def block_shape(block_size: BlockSize, target: Target, *, numbers: int) -> tuple
         shape = (1, columns)
     elif isinstance(block_size, int) and not isinstance(block_size, bool) and block_size >= 1:
         shape = (block_size, block_size)
-    elif not isinstance(block_size, str | int) and len(block_size) == 2 and all(
-        isinstance(n, int) and n >= 1 for n in block_size
+    elif (
+        not isinstance(block_size, str | int)
+        and len(block_size) == 2
+        and all(isinstance(n, int) and n >= 1 for n in block_size)
     ):
         shape = (block_size[0], block_size[1])
     else:
         raise ThriftyError(
-            f"block_size {block_size!r} is not valid: give 'auto', 'column', 'row', a size such as 64, or [rows, columns]"
+            f"block_size {block_size!r} is not valid: "
+            "give 'auto', 'column', 'row', a size such as 64, or [rows, columns]"
         )
     shape = (min(shape[0], out), min(shape[1], columns))
     return (shape[1], shape[0]) if target.transposed else shape
@@ -95,17 +99,13 @@ def _best_per_matrix(scores: Tensor, sizes: Tensor, matrix: Tensor, ceiling: int
     return torch.cat(kept)
 
 
-def _smallest(sizes: Tensor) -> int:
-    return int(sizes.min())
-
-
 @dataclass(frozen=True, kw_only=True)
 class TopBlocks:
     """The blocks with the highest `score`, chosen under the budget within each `scope`.
 
     score: `abs_grad` mean |g| over units and numbers (the paper's), `signed_grad` |mean g|, `squared_grad` mean g²,
-    `weight_times_grad` mean |w g|, `random` (seeded, no probe). scope: `global`; `per_kind` (attention, MLP, others, each
-    its share of the budget by size); `per_matrix`.
+    `weight_times_grad` mean |w g|, `random` (seeded, no probe). scope: `global`; `per_kind` (attention, MLP, others,
+    each its share of the budget by size); `per_matrix`.
     """
 
     score: str = "abs_grad"
@@ -134,10 +134,10 @@ class TopBlocks:
         budget = budget or Budget(fraction=0.01)
         parameters = dict(model.named_parameters())
         grids = self.grids(model, budget)
-        smallest = min(_smallest(_block_numbers(tuple(parameters[n].shape), g)) for n, g in grids.items())
+        smallest = min(int(_block_numbers(tuple(parameters[n].shape), g).min()) for n, g in grids.items())
         if smallest > budget.numbers(model):
             raise ThriftyError(
-                f"budget {budget} is {budget.numbers(model):,} numbers and buys no block (the smallest holds {smallest:,}): "
+                f"budget {budget} ({budget.numbers(model):,} numbers) buys no block, the smallest holds {smallest:,}: "
                 f"raise budget to at least {smallest} or lower block_size"
             )
 
@@ -156,6 +156,11 @@ class TopBlocks:
                 assert probe is not None
                 scores.append(probe.mean(self.score, name, sizes=count.to(parameters[name].device)).cpu())
         picked = self._pick(torch.cat([s.flatten() for s in scores]), counts, ceiling=budget.numbers(model))
+        if not len(picked):
+            raise ThriftyError(
+                f"budget {budget}, split by scope {self.scope!r}, buys no block: raise budget, lower block_size, "
+                "or use scope 'global'"
+            )
         regions: dict[str, Region] = {}
         start = 0
         for name, count in counts.items():
@@ -173,7 +178,9 @@ class TopBlocks:
         matrix = torch.cat([torch.full((count.numel(),), number[name]) for name, count in counts.items()])
         if self.scope == "per_matrix":
             return _best_per_matrix(scores, sizes, matrix, ceiling)
-        kinds = {kind: torch.tensor([i for n, i in number.items() if kind_of(n) == kind]) for kind in map(kind_of, counts)}
+        kinds = {
+            kind: torch.tensor([i for n, i in number.items() if kind_of(n) == kind]) for kind in map(kind_of, counts)
+        }
         kept = []
         for members in kinds.values():
             here = torch.isin(matrix, members).nonzero()[:, 0]

@@ -1,8 +1,8 @@
 """The probe: one pass over a few batches that collects block statistics of the gradients, and changes nothing.
 
-A unit is `rows` rows; every statistic is a mean over units, so the same data give the same plan whatever the batch size.
-Each gradient is reduced to block sums and freed as soon as autograd has made it: beside the weights there live one unit's
-activations and one matrix's gradient. Dropout is off.
+A unit is `rows` rows; every statistic is a mean over units, so the same data give the same plan whatever the batch
+size. Each gradient is reduced to block sums and freed as soon as autograd has made it: beside the weights there live
+one unit's activations and one matrix's gradient. Dropout is off.
 """
 
 from __future__ import annotations
@@ -44,14 +44,16 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 @dataclass
 class Probe:
-    """Sums of each statistic: `sums[statistic][parameter]`, float64 `[..., block rows, block columns]`, over `units`."""
+    """Sums of each statistic: `sums[statistic][parameter]`, float64 `[..., block rows, block columns]`, over
+    `units`."""
 
     sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     units: int = 0
     seconds: float = 0.0
 
     def mean(self, statistic: str, name: str, *, sizes: Tensor) -> Tensor:
-        """Mean over units and over the numbers of each block (`sizes` counts them). ThriftyError if it is not finite."""
+        """Mean over units and over the numbers of each block (`sizes` counts them). ThriftyError if it is not
+        finite."""
         value = (self.sums[statistic][name] / (self.units * sizes)).abs()
         if not bool(torch.isfinite(value).all()):
             raise ThriftyError(
@@ -86,12 +88,17 @@ def _reduce(gradient: Tensor, weight: Tensor, statistics: Iterable[str], grid: t
     h, w = grid
     step = max(1, _CHUNK // (h * gradient.shape[-1])) * h
     found: dict[str, list[Tensor]] = {statistic: [] for statistic in statistics}
-    for matrix, values in zip(gradient.flatten(0, -3) if gradient.ndim == 3 else [gradient],
-                              weight.flatten(0, -3) if weight.ndim == 3 else [weight], strict=True):  # fmt: skip
+    for matrix, values in zip(
+        gradient.flatten(0, -3) if gradient.ndim == 3 else [gradient],
+        weight.flatten(0, -3) if weight.ndim == 3 else [weight],
+        strict=True,
+    ):
         for i in range(0, matrix.shape[0], step):
             g, v = matrix[i : i + step], values[i : i + step]
             for statistic, parts in found.items():
-                parts.append(block_sums(STATISTICS[statistic](g.float() if g.dtype != torch.float64 else g, v), h=h, w=w))
+                parts.append(
+                    block_sums(STATISTICS[statistic](g.float() if g.dtype != torch.float64 else g, v), h=h, w=w)
+                )
     lead = gradient.shape[:-2]
     return {s: torch.cat(parts).double().view(*lead, -1, parts[0].shape[-1]) for s, parts in found.items()}
 
@@ -138,7 +145,9 @@ def run_probe(
             for hook in hooks:
                 hook.remove()
     if probe.units == 0:
-        raise ThriftyError("the probe saw no label: batches is empty or every label is -100; check the data and max_length")
+        raise ThriftyError(
+            "the probe saw no label: batches is empty or every label is -100; check the data and max_length"
+        )
     for statistic in wanted:
         for name, p in chosen.items():
             h, w = grids[name]

@@ -18,7 +18,8 @@ _ADVICE = "target_modules takes 'all-linear', a list of module names such as [q_
 
 @dataclass(frozen=True)
 class Target:
-    """A matrix `[out, in]`, a GPT-2 `Conv1D` weight `[in, out]` (`transposed`), or stacked experts `[experts, out, in]`."""
+    """A matrix `[out, in]`, a GPT-2 `Conv1D` weight `[in, out]` (`transposed`), or stacked experts `[experts, out,
+    in]`."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,8 +32,8 @@ class Target:
         return (columns, rows) if self.transposed else (rows, columns)
 
 
-def _head_parameters(model: nn.Module) -> set[int]:
-    """Input and output embeddings: not among the linear layers, whatever their class."""
+def _embeddings(model: nn.Module) -> set[int]:
+    """Input and output embeddings: not among the linear layers, whatever their class; chosen only by name."""
     found: set[int] = set()
     for getter in ("get_output_embeddings", "get_input_embeddings"):
         try:
@@ -44,51 +45,55 @@ def _head_parameters(model: nn.Module) -> set[int]:
     return found
 
 
-def _all_targets(model: nn.Module) -> dict[str, Target]:
-    heads = _head_parameters(model)
-    kept = {id(p): name for name, p in model.named_parameters()}
+def _by_module(model: nn.Module, *, embeddings: bool) -> dict[str, Target]:
+    """Name of a module (or of a stacked parameter) -> what could be trained there; a tied tensor under each of its
+    names."""
+    left_out = set() if embeddings else _embeddings(model)
+    canonical = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Target] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            name = kept.get(id(parameter))
-            if name is None or id(parameter) in heads or not parameter.is_floating_point() or parameter.numel() == 0:
+    for module_name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = canonical[id(parameter)]
+            if id(parameter) in left_out or not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
-            linear = type(module) in (nn.Linear, Conv1D) and parameter is module.weight
-            if (linear and parameter.ndim == 2) or parameter.ndim == 3:
-                found[name] = Target(name, tuple(parameter.shape), transposed=type(module) is Conv1D)
+            matrix = type(module) in (nn.Linear, Conv1D, nn.Embedding) and key == "weight" and parameter.ndim == 2
+            if matrix or parameter.ndim == 3:
+                alias = module_name if key == "weight" else f"{module_name}.{key}"
+                found[alias] = Target(name, tuple(parameter.shape), transposed=type(module) is Conv1D)
     return found
 
 
 def targets(model: nn.Module, target_modules: str | Sequence[str]) -> Mapping[str, Target]:
-    """Candidates by parameter name. A list matches names or their endings, a string is a regular expression on the whole
-    module name; each entry must match something, else ThriftyError with the nearest name."""
-    every = _all_targets(model)
-    if not every:
-        raise ThriftyError(f"{type(model).__name__} has no linear layer to select in; use method 'full'")
+    """Candidates by parameter name. A list matches module names or their endings, a string is a regular expression on
+    the whole module name; each entry must match something, else ThriftyError with the nearest name."""
     if target_modules == "all-linear":
-        return every
-
-    def module_of(name: str) -> str:
-        return name.removesuffix(".weight")
-
-    endings = {module_of(name).rsplit(".", 1)[-1] for name in every}
+        chosen = _by_module(model, embeddings=False)
+        if not chosen:
+            raise ThriftyError(f"{type(model).__name__} has no linear layer to select in; use method 'full'")
+        return {t.name: t for t in chosen.values()}
+    every = _by_module(model, embeddings=True)
+    endings = {alias.rsplit(".", 1)[-1] for alias in every}
     if isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
         except re.error as error:
-            raise ThriftyError(f"target_modules: {target_modules!r} is no regular expression ({error}); {_ADVICE}") from None
-        chosen = {n for n in every if pattern.fullmatch(module_of(n))}
-        if not chosen:
-            raise ThriftyError(f"target_modules: {unknown('module', target_modules, endings)}; {_ADVICE}")
-        return {n: t for n, t in every.items() if n in chosen}
-    if not isinstance(target_modules, Sequence) or not all(isinstance(m, str) for m in target_modules):
-        raise ThriftyError(f"target_modules: {target_modules!r} is not valid; {_ADVICE}")
-    chosen = set()
-    for wanted in target_modules:
-        hits = {n for n in every if module_of(n) == wanted or module_of(n).endswith(f".{wanted}")}
+            raise ThriftyError(
+                f"target_modules: {target_modules!r} is no regular expression ({error}); {_ADVICE}"
+            ) from None
+        hits = {alias: t for alias, t in every.items() if pattern.fullmatch(alias)}
         if not hits:
+            raise ThriftyError(f"target_modules: {unknown('module', target_modules, endings)}; {_ADVICE}")
+        return {t.name: t for t in hits.values()}
+    if (
+        not isinstance(target_modules, Sequence)
+        or not all(isinstance(m, str) for m in target_modules)
+        or not target_modules
+    ):
+        raise ThriftyError(f"target_modules: {target_modules!r} is not valid; {_ADVICE}")
+    named: dict[str, Target] = {}
+    for wanted in target_modules:
+        matching = {t.name: t for alias, t in every.items() if alias == wanted or alias.endswith(f".{wanted}")}
+        if not matching:
             raise ThriftyError(f"target_modules: {unknown('module', wanted, endings)}")
-        chosen |= hits
-    if not chosen:
-        raise ThriftyError(f"target_modules is empty; {_ADVICE}")
-    return {n: t for n, t in every.items() if n in chosen}
+        named |= matching
+    return {t.name: t for t in every.values() if t.name in named}

@@ -18,7 +18,9 @@ def can_read_base(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel) or getattr(model, "is_quantized", False):
         return False
     folder = Path(str(model.name_or_path or "/nonexistent"))
-    return folder.is_dir() and any(folder.glob("*.safetensors"))
+    # a class that the folder was not saved from would get fresh random weights for what the folder lacks
+    same = getattr(model.config, "architectures", None) == [type(model).__name__]
+    return same and folder.is_dir() and any(folder.glob("*.safetensors"))
 
 
 def base_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -28,5 +30,7 @@ def base_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     held = dict(fresh.named_parameters())
     for name in names:
         if name not in held:
-            raise ThriftyError(f"{name} is not in {model.name_or_path}: was the folder replaced while the model trained?")
+            raise ThriftyError(
+                f"{name} is not in {model.name_or_path}: was the folder replaced while the model trained?"
+            )
     return {name: held[name].detach() for name in names}

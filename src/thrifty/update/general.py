@@ -1,12 +1,11 @@
 """The general form: a parameter that no linear layer reads alone (tied, stacked, norms, a head read directly).
 
-Whoever reads the attribute sees the parameter through a function that returns it unchanged and whose backward gathers the
-region from the dense gradient that passes.
+Whoever reads the attribute sees the parameter through a function that returns it unchanged and whose backward gathers
+the region from the dense gradient that passes.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ class _See(torch.autograd.Function):
         return weight.detach()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.part.stamp != ctx.stamp:
             raise RuntimeError(
@@ -43,13 +42,18 @@ def _property(attribute: str) -> property:
             part.flush()
         if weight is None or not torch.is_grad_enabled() or not part.leaf.requires_grad:
             return weight
-        return _See.apply(part.leaf, weight, part)  # type: ignore[no-any-return]
+        return _See.apply(part.leaf, weight, part)
 
     return property(get, doc=f"The parameter `{attribute}`, seen through its region's gradient.")
 
 
-@cache
-def seeing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
-    """`base` with `attributes` seen through their parts."""
-    body: dict[str, Any] = {attribute: _property(attribute) for attribute in sorted(attributes)}
-    return type(f"InPlace{base.__name__}", (InPlaceModule, base), body | {"__module__": __name__})
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def seeing_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    """`base` with `attributes` seen through their parts; one class for each pair."""
+    body: dict[str, Any] = {attribute: _property(attribute) for attribute in attributes}
+    key = (base, attributes)
+    if key not in _CLASSES:
+        _CLASSES[key] = type(f"InPlace{base.__name__}", (InPlaceModule, base), body | {"__module__": __name__})
+    return _CLASSES[key]

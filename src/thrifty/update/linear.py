@@ -18,13 +18,15 @@ from .strips import Member, take, take_plain
 __all__ = ["InPlaceConv1D", "InPlaceLinear", "LinearPart"]
 
 
-def _conv1d(x: Tensor, weight_IO: Tensor, bias: Tensor) -> Tensor:
-    """What `Conv1D.forward` computes."""
+def _conv1d(x: Tensor, weight_IO: Tensor, bias: Tensor | None) -> Tensor:
+    """What `Conv1D.forward` computes; it always has a bias."""
+    assert bias is not None
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight_IO).view(*x.shape[:-1], weight_IO.shape[1])
 
 
 class _InPlace(torch.autograd.Function):
-    """y = x W^T + b; dx = dy W only if asked for; d offset = the blocks of dy^T x. Shapes: x [..., I], W [O, I], dy [..., O]."""
+    """y = x W^T + b; dx = dy W only if asked for; d offset = the blocks of dy^T x. Shapes: x [..., I], W [O, I], dy
+    [..., O]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, bias: Tensor | None, part: LinearPart) -> Tensor:
@@ -44,7 +46,7 @@ class _InPlace(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.part is not None and ctx.part.stamp != ctx.stamp:
             raise RuntimeError(
@@ -90,7 +92,7 @@ class InPlaceLinear(InPlaceModule, nn.Linear):
             part.flush()
         if not torch.is_grad_enabled() or not part.leaf.requires_grad:
             return F.linear(x, self.weight, self.bias)
-        return _InPlace.apply(x, part.leaf, self.weight, self.bias, part)  # type: ignore[no-any-return]
+        return _InPlace.apply(x, part.leaf, self.weight, self.bias, part)
 
 
 class InPlaceConv1D(InPlaceModule, Conv1D):
@@ -102,5 +104,5 @@ class InPlaceConv1D(InPlaceModule, Conv1D):
         if part.dirty and not torch.compiler.is_compiling():
             part.flush()
         if not torch.is_grad_enabled() or not part.leaf.requires_grad:
-            return super().forward(x)  # type: ignore[no-any-return]
-        return _InPlace.apply(x, part.leaf, self.weight, self.bias, part)  # type: ignore[no-any-return]
+            return super().forward(x)
+        return _InPlace.apply(x, part.leaf, self.weight, self.bias, part)

@@ -1,9 +1,9 @@
 """One parameter trained in place: its region, its offset leaf, its original values, and when they are written into `W`.
 
-`W` is the frozen base weight and holds original + offset, rounded once. The leaf is the offset from the original values,
-float32 where `W` is of lower precision, so that small updates are not rounded away and weight decay pulls to the
-pretrained values. Two triggers write: a global hook after any optimizer's step, and a flag set whenever the leaf received
-a gradient, which the next forward clears by writing (optimizers that step elsewhere, offloaded ones).
+`W` is the frozen base weight and holds original + offset, rounded once. The leaf is the offset from the original
+values, float32 where `W` is of lower precision, so that small updates are not rounded away and weight decay pulls to
+the pretrained values. Two triggers write: a global hook after any optimizer's step, and a flag set whenever the leaf
+received a gradient, which the next forward clears by writing (optimizers that step elsewhere, offloaded ones).
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def _mark_dirty(reference: weakref.ref[Part]) -> Callable[[Tensor], None]:
 
 
 class InPlaceModule(nn.Module):
-    """Mixed into the class of a module whose parameters are trained in place: keys and dtypes stay those of the base."""
+    """Mixed into the class of a module whose parameters are trained in place: keys and dtypes stay those of the
+    base."""
 
     _thrifty: dict[str, Part]  # attribute -> part
 
@@ -175,7 +176,7 @@ class InPlaceModule(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for part in self._thrifty.values():
             part.flush()
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for key in self._leaves():
             destination.pop(prefix + key, None)
 
@@ -184,7 +185,7 @@ class InPlaceModule(nn.Module):
         for key in leaves:
             del self._parameters[key]
         try:
-            super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(*args, **kwargs)
         finally:
             self._parameters.update(leaves)
         for part in self._thrifty.values():
@@ -195,9 +196,10 @@ class InPlaceModule(nn.Module):
         before = {key: (leaf, leaf.detach().clone()) for key, leaf in self._leaves().items() if leaf is not None}
         super()._apply(fn, recurse)
         for key, (leaf, values) in before.items():  # .to(bfloat16) must not round the float32 leaf
-            now = self._parameters[key]
+            now, weight = self._parameters[key], self._parameters[key.removeprefix(LEAF_PREFIX)]
             assert now is not None
-            if now.dtype != leaf_dtype(self._parameters[key.removeprefix(LEAF_PREFIX)].dtype):  # type: ignore[union-attr]
+            assert weight is not None
+            if now.dtype != leaf_dtype(weight.dtype):
                 now.data = values.to(now.device)
             if leaf.grad is not None and now.grad is not None and now.grad.dtype != now.dtype:
                 now.grad = None

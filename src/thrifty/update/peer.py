@@ -60,7 +60,7 @@ def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
         tuning = PeerTuning(wrapped, model, method, config=config, total=total, base=base, required=required)
         tuning.check(budget)
     except Exception as error:
@@ -92,7 +92,9 @@ class PeerTuning:
         self.model, self.method, self._inner, self._config, self._total = wrapped, method, inner, config, total
         self._required = required
         leaves = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
-        self.plan = Plan(dict.fromkeys(leaves, Whole()), shapes={n: tuple(p.shape) for n, p in leaves.items()}, total=total)
+        self.plan = Plan(
+            dict.fromkeys(leaves, Whole()), shapes={n: tuple(p.shape) for n, p in leaves.items()}, total=total
+        )
         self._leaves = leaves
         self._start = {n: p.detach().clone() for n, p in leaves.items()}
         self._base = self._touched(base)
@@ -107,7 +109,7 @@ class PeerTuning:
             if isinstance(module, BaseTunerLayer) and weight in base:
                 if fingerprint(module.get_base_layer().weight) != base[weight]:
                     raise ThriftyError(
-                        f"this PEFT configuration changes the base weight {weight} when it starts, so its adapter alone "
+                        f"this PEFT configuration changes the base weight {weight} when it starts: its adapter alone "
                         "would not hold the result: leave its init_* option at the default"
                     )
                 touched[weight] = base[weight]
@@ -160,14 +162,18 @@ class PeerTuning:
         config = copy.deepcopy(self.model.peft_config["default"])
         config.inference_mode = True
         return PeerDelta(
-            {}, method=self.method.to_dict(), total=self._total,
-            state={n: t.detach().cpu().clone() for n, t in state.items()}, config=config, base=dict(self._base),
-        )  # fmt: skip
+            {},
+            method=self.method.to_dict(),
+            total=self._total,
+            state={n: t.detach().cpu().clone() for n, t in state.items()},
+            config=config,
+            base=dict(self._base),
+        )
 
     def finish(self) -> nn.Module:
         """The base model object with the adapter merged in; PEFT's wrapper where the method has nothing to merge."""
         if self._config.is_prompt_learning:
-            return self.model  # type: ignore[no-any-return]
+            return self.model
         merged, self.difference = merge(self.model)
         for name, p in merged.named_parameters():
             p.requires_grad_(self._required.get(name, True))
@@ -181,7 +187,9 @@ class PeerTuning:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state()` back in place."""
         for name in self._leaves.keys() ^ state.keys():
-            raise ThriftyError(f"the checkpoint and the adapter differ in {name}: resume with the run's own configuration")
+            raise ThriftyError(
+                f"the checkpoint and the adapter differ in {name}: resume with the run's own configuration"
+            )
         for name, p in self._leaves.items():
             p.copy_(state[name])
 
@@ -190,7 +198,8 @@ class PeerTuning:
         without = [name for name, p in self._leaves.items() if p.grad is None]
         if without:
             raise ThriftyError(
-                f"{len(without)} of {len(self._leaves)} trained tensors got no gradient in the first step, first {without[0]}"
+                f"{len(without)} of {len(self._leaves)} trained tensors got no gradient in the first step, "
+                f"first {without[0]}: leave its module out of target_modules"
             )
 
     def check_changed(self) -> None:

@@ -26,7 +26,9 @@ def _read_alone(model: nn.Module, holders: list[tuple[nn.Module, str]], region: 
     """Is this a linear layer's weight that nothing but its own forward reads?"""
     (module, key), *others = holders
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return not others and key == "weight" and type(module) in _LINEAR and module is not head and isinstance(region, Blocks)
+    return (
+        not others and key == "weight" and type(module) in _LINEAR and module is not head and isinstance(region, Blocks)
+    )
 
 
 def place(model: nn.Module, plan: Plan, *, keep_originals: bool) -> dict[str, Part]:
@@ -41,8 +43,8 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool) -> dict[str, Pa
         module, key = holders[name][0]
         if _read_alone(model, holders[name], region):
             assert isinstance(region, Blocks)
-            parts[name] = part = LinearPart(module, name=name, region=region)
-            module._thrifty = {key: part}  # type: ignore[assignment]
+            parts[name] = linear = LinearPart(module, name=name, region=region)
+            module._thrifty = {key: linear}  # type: ignore[assignment]
             module.__class__ = _LINEAR[type(module)]
             continue
         parts[name] = part = Part(module, key, name=name, region=region, keep_original=keep_originals)
@@ -51,7 +53,7 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool) -> dict[str, Pa
                 general.setdefault(holder, {})[attribute] = part
     for module, seen in general.items():
         module._thrifty = seen  # type: ignore[assignment]
-        module.__class__ = seeing_class(type(module), frozenset(seen))
+        module.__class__ = seeing_class(type(module), tuple(sorted(seen)))
     return parts
 
 
@@ -65,4 +67,5 @@ def take_off(model: nn.Module, parts: Mapping[str, Part]) -> None:
             for key in [k for k in module._parameters if k.startswith(LEAF_PREFIX)]:
                 del module._parameters[key]
             del module._thrifty
-            module.__class__ = next(c for c in type(module).__mro__ if not issubclass(c, InPlaceModule))
+            plain = next(c for c in type(module).__mro__ if not issubclass(c, InPlaceModule))
+            module.__class__ = plain  # type: ignore[assignment]

@@ -1,8 +1,8 @@
 """Strips: the input columns that some block uses, one contiguous copy, shared by the modules that read the same input.
 
-Which modules read the same input (q/k/v; gate/up) is seen while they run: the same tensor object, unmodified. Modules found
-to share are given the union of their columns after the next optimizer step, never between a forward and its backward, so
-that checkpointing saves the same shapes twice.
+Which modules read the same input (q/k/v; gate/up) is seen while they run: the same tensor object, unmodified. Modules
+found to share are given the union of their columns after the next optimizer step, never between a forward and its
+backward, so that checkpointing saves the same shapes twice.
 """
 
 from __future__ import annotations

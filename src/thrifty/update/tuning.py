@@ -24,7 +24,9 @@ from .place import place, take_off
 __all__ = ["Tuning", "attach", "attach_with"]
 
 _log = logging.getLogger("thrifty")
-_KEEP_SHARE = 0.1  # originals of whole float32 tensors are kept below this share of the model, else re-read from the base
+_KEEP_SHARE = (
+    0.1  # originals of whole float32 tensors are kept below this share of the model, else re-read from the base
+)
 
 
 class Tuning:
@@ -36,7 +38,7 @@ class Tuning:
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         keep = plan.trainable_share < _KEEP_SHARE or not can_read_base(model)
         self._parts: dict[str, Part] = place(model, plan, keep_originals=keep)
-        self._marks = {name: _mark(part) for name, part in self._parts.items() if part.in_leaf}
+        self._marks = {name: _mark(part.leaf) for name, part in self._parts.items() if part.in_leaf}
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable leaves, in the plan's order: packed offsets from the original values (float32 `[n, h, w]` for
@@ -86,7 +88,13 @@ class Tuning:
         missing = [name for name, values in kept.items() if values is None]
         if missing:
             read = base_tensors(self.model, missing)
-            kept |= {name: self.plan[name].gather(read[name].to(self._parts[name].weight)) for name in missing}
+            for name in missing:
+                kept[name] = values = read[name].to(self._parts[name].weight.device)
+                if not torch.equal(_mark(values), self._marks[name]):
+                    raise ThriftyError(
+                        f"{name} is not what it was when training began: the weights were changed after loading, or "
+                        "the folder was replaced; save the trained model itself, or attach before loading from a folder"
+                    )
         return {name: values for name, values in kept.items() if values is not None}
 
     def delta(self) -> Delta:
@@ -150,7 +158,7 @@ class Tuning:
     def check_changed(self) -> None:
         """After the first step with a learning rate above 0: ThriftyError where no trained value moved."""
         for name, part in self._live().items():
-            if not torch.equal(_mark(part), self._marks[name]) if part.in_leaf else bool(part.leaf.detach().any()):
+            if not torch.equal(_mark(part.leaf), self._marks[name]) if part.in_leaf else bool(part.leaf.detach().any()):
                 return
         raise ThriftyError(
             "no trained value moved in the first step: give the optimizer tuning.parameters(), "
@@ -158,9 +166,9 @@ class Tuning:
         )
 
 
-def _mark(part: Part) -> Tensor:
+def _mark(tensor: Tensor) -> Tensor:
     """Enough of a whole tensor to see that it moved: one sum per row, float64."""
-    return part.leaf.detach().double().flatten(1).sum(1) if part.leaf.ndim > 1 else part.leaf.detach().clone()
+    return tensor.detach().flatten(1).sum(1, dtype=torch.float64) if tensor.ndim > 1 else tensor.detach().clone()
 
 
 def attach(
@@ -174,8 +182,8 @@ def attach(
     """Make `model` trainable by `method` ("smt", `{"smt": {"block_size": 32}}`, or a Method), in place.
 
     budget: a ceiling on trained numbers: a share of the model's distinct parameters (0.01, "1%") or a count.
-    batches: dicts with `input_ids`, `attention_mask`, `labels` (int64 `[B, T]`), for methods that look at gradients first.
-    Changes nothing if it raises (ThriftyError). For `{"peft": {...}}` train `tuning.model`, PEFT's wrapper.
+    batches: dicts with `input_ids`, `attention_mask`, `labels` (int64 `[B, T]`), for methods that look at gradients
+    first. Changes nothing if it raises (ThriftyError). For `{"peft": {...}}` train `tuning.model`, PEFT's wrapper.
     """
     return attach_with(model, method, budget=budget, batches=batches, seed=seed)
 
