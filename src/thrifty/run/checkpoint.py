@@ -1,16 +1,17 @@
 """Checkpoints: the trained values and all that a resumed run needs to end bit-identical, in safetensors and JSON.
 
-    checkpoint-120/
-      values.safetensors                  the float32 leaves (4 bytes per trained number)
-      optimizer.{json,safetensors}        AdamW: 8 bytes per trained number
-      plan.json, plan.safetensors         what is trained
-      scheduler.json, random.{json,safetensors}, trainer_state.json
-      record.json                         the run: configuration, fingerprints, clock, evaluation before training
-      complete.json                       written last: the size of every file above
+checkpoint-120/
+    values.safetensors              the trained leaves (float32: 4 bytes per trained number)
+    optimizer.{json,safetensors}    AdamW: 8 bytes per trained number
+    plan.json, plan.safetensors     what is trained
+    scheduler.json, random.{json,safetensors}, trainer_state.json
+    record.json                     the run: configuration, fingerprints, clock, evaluation before training
+    complete.json                   written last: the size of every file above
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainingArguments
 
 from thrifty.core.errors import ThriftyError
 from thrifty.core.plan import Plan, plan_from_files, plan_to_files
@@ -27,18 +29,51 @@ from thrifty.core.plan import Plan, plan_from_files, plan_to_files
 from .files import disk_errors, is_whole, new_folder, remove_folder
 from .state import load_state, save_state
 
-__all__ = ["Checkpoint", "checkpoints", "find_checkpoint", "refuse_changes", "remove_old", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "checkpoints",
+    "claim",
+    "find_checkpoint",
+    "refuse_changes",
+    "remove_later",
+    "remove_old",
+    "write_checkpoint",
+]
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 # What a resumed run may set anew: it changes how long the run goes on and what is reported, not the steps themselves.
 _FREE = frozenset(
-    """output_dir resume_from_checkpoint overwrite_output_dir max_steps num_train_epochs early_stopping_patience
-    load_best_model_at_end report_to run_name project logging_steps logging_strategy logging_first_step eval_steps
-    eval_strategy eval_delay save_steps save_strategy save_total_limit per_device_eval_batch_size disable_tqdm
-    log_level log_level_replica dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataloader_persistent_workers eval""".split()
+    {
+        "output_dir",
+        "resume_from_checkpoint",
+        "overwrite_output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "early_stopping_patience",
+        "load_best_model_at_end",
+        "report_to",
+        "run_name",
+        "project",
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "eval_steps",
+        "eval_strategy",
+        "eval_delay",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+        "per_device_eval_batch_size",
+        "log_level",
+        "log_level_replica",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "dataloader_persistent_workers",
+        "eval",
+    }
 )
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -88,15 +123,19 @@ def write_checkpoint(
     earlier = [c.folder.name for c in checkpoints(folder.parent) if c.folder != folder]
     kept = f"{earlier[-1]} is whole: free space and go on with resume_from_checkpoint=auto" if earlier else "free space"
     with disk_errors(str(folder), fix=kept), new_folder(folder, marker=MARKER) as partial:
-        save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, partial / "values.safetensors")
+        save_file(_on_cpu(values), partial / "values.safetensors")
         plan_record, index = plan_to_files(plan)
         (partial / "plan.json").write_text(json.dumps(plan_record), encoding="utf-8")
         if index:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in index.items()}, partial / "plan.safetensors")
+            save_file(_on_cpu(index), partial / "plan.safetensors")
         for name, state in states.items():
             save_state(partial / name, state)
         (partial / "trainer_state.json").write_text(trainer_state, encoding="utf-8")
         (partial / "record.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def checkpoints(output_dir: Path) -> list[Checkpoint]:
@@ -113,6 +152,29 @@ def remove_old(output_dir: Path, *, keep: int, best_step: int | None) -> None:
             remove_folder(checkpoint.folder)
 
 
+def remove_later(output_dir: Path, *, step: int) -> None:
+    """Remove the checkpoints after `step`: the run goes on from there, and they belong to what it leaves behind."""
+    for checkpoint in checkpoints(output_dir):
+        if checkpoint.step > step:
+            remove_folder(checkpoint.folder)
+
+
+def claim(output_dir: Path, *, resume: Checkpoint | None) -> None:
+    """ThriftyError where `output_dir` holds a run that is not the one to resume."""
+    if resume is not None and resume.folder.parent.resolve() == output_dir.resolve():
+        return
+    found = checkpoints(output_dir)
+    if (output_dir / "summary.json").exists():
+        what, fix = "a finished run", "resume_from_checkpoint=auto with more max_steps to train it further"
+    elif found:
+        what, fix = f"a run stopped after step {found[-1].step}", "resume_from_checkpoint=auto to go on with it"
+    else:
+        return
+    raise ThriftyError(
+        f"output_dir: {str(output_dir)!r} holds {what}; give another one, or {fix}, or remove the folder"
+    )
+
+
 def find_checkpoint(resume: str | bool | None, *, output_dir: Path) -> Checkpoint | None:
     """What `resume_from_checkpoint` asks for: `auto` (the newest, or none), true (the newest), a folder, or nothing."""
     if resume is None or resume is False:
@@ -121,14 +183,16 @@ def find_checkpoint(resume: str | bool | None, *, output_dir: Path) -> Checkpoin
         found = checkpoints(output_dir)
         if not found and resume is True:
             raise ThriftyError(
-                f"resume_from_checkpoint: no complete checkpoint in {str(output_dir)!r}; 'auto' starts anew where there is none"
+                f"resume_from_checkpoint: {str(output_dir)!r} holds no complete checkpoint; 'auto' starts anew then"
             )
         return found[-1] if found else None
     folder = Path(resume)
     if not _NAME.fullmatch(folder.name) or not is_whole(folder, marker=MARKER):
         around = folder if any(folder.glob("checkpoint-*")) else folder.parent
         names = ", ".join(str(c.folder) for c in checkpoints(around)) or "none"
-        raise ThriftyError(f"resume_from_checkpoint: {resume!r} is not a complete checkpoint (complete ones there: {names})")
+        raise ThriftyError(
+            f"resume_from_checkpoint: {resume!r} is no complete checkpoint (complete ones there: {names})"
+        )
     return Checkpoint(folder)
 
 
@@ -143,16 +207,17 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
 def refuse_changes(checkpoint: Checkpoint, *, config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
     """ThriftyError naming the first key that changed since `checkpoint` and would make the resumed run another one."""
     record = checkpoint.record()
+    stock = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
     saved, current = dict(_flat(record["config"])), dict(_flat(config))
-    batches = [[side.pop(key, default) for key, default in zip(_BATCH, (8, 1))] for side in (saved, current)]
+    batches = [[side.pop(key, stock[key]) for key in _BATCH] for side in (saved, current)]
     start_over = "set it back, or give another output_dir to start anew"
     if batches[0][0] * batches[0][1] != batches[1][0] * batches[1][1]:
         raise ThriftyError(
-            f"{' × '.join(_BATCH)} was {batches[0][0]} × {batches[0][1]} in {checkpoint.folder} and is "
-            f"{batches[1][0]} × {batches[1][1]}: the rows of a step would change; {start_over}"
+            f"{' * '.join(_BATCH)} was {batches[0][0]} * {batches[0][1]} in {checkpoint.folder} and is "
+            f"{batches[1][0]} * {batches[1][1]}: the rows of a step would change; {start_over}"
         )
     for key in [*saved, *(key for key in current if key not in saved)]:
-        before, now = saved.get(key), current.get(key)
+        before, now = (side.get(key, stock.get(key)) for side in (saved, current))
         if before != now and key.split(".")[0] not in _FREE:
             raise ThriftyError(f"{key} was {before!r} in {checkpoint.folder} and is now {now!r}; {start_over}")
     for key, now in fingerprints.items():

@@ -103,8 +103,8 @@ def is_whole(folder: Path, *, marker: str) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written directly in `folder`."""
-    for path in folder.glob(f"{_PARTIAL}*"):
+    """Remove what a killed process left half-written directly in `folder` (of a delta too)."""
+    for path in [*folder.glob(f"{_PARTIAL}*"), *folder.glob(".delta.*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

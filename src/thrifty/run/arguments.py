@@ -1,0 +1,106 @@
+"""RunConfig -> transformers.TrainingArguments: thrifty's defaults, and what its trainer cannot honour is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_tensorboard_available
+
+from thrifty.core.errors import ThriftyError, unknown
+
+from .config import RunConfig
+
+__all__ = ["keeps_best", "training_arguments", "with_defaults"]
+
+# Where the stock default does not suit a fine-tuning of a few hundred steps.
+_DEFAULTS = {"logging_steps": 10, "logging_first_step": True, "save_steps": 100}
+
+_TRACKERS = ("tensorboard", "trackio")
+
+
+def with_defaults(config: RunConfig) -> RunConfig:
+    """`config` with thrifty's defaults of TrainingArguments and the evaluation schedule filled in, as `run.yaml` has it."""
+    given = dict(config.training)
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if old in given:
+            given.setdefault(old.replace("gradient", "activation"), given.pop(old))
+    training = {**_DEFAULTS, **given}
+    if "eval_steps" in training:
+        training.setdefault("eval_strategy", "steps")
+    if training.get("eval_strategy", "no") == "steps":
+        training.setdefault("eval_steps", training["save_steps"])
+    return dataclasses.replace(config, training=training)
+
+
+def keeps_best(config: RunConfig) -> bool:
+    """Whether the result is the best checkpoint, not the last: with early stopping, or where it is asked for."""
+    return bool(config.training.get("load_best_model_at_end", config.early_stopping_patience is not None))
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """The arguments of the trainer. ThriftyError for what it cannot honour."""
+    training = dict(config.training)
+    _check_schedule(config)
+    training.pop("load_best_model_at_end", None)  # ours: the stock check wants save_steps to divide eval_steps
+    checkpointing = dict(training.pop("activation_checkpointing_kwargs", None) or {})
+    if checkpointing.setdefault("use_reentrant", False):
+        raise ThriftyError(
+            "gradient_checkpointing_kwargs.use_reentrant must be false: else every layer is differentiated"
+        )
+    on_cpu = not torch.accelerator.is_available()
+    training.setdefault("use_cpu", on_cpu)
+    training.setdefault("dataloader_pin_memory", not on_cpu)
+    training.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite is an error, not hidden
+    try:
+        args = TrainingArguments(
+            output_dir=config.output_dir,
+            report_to=_trackers(config.report_to),
+            activation_checkpointing_kwargs=checkpointing,
+            include_num_input_tokens_seen="non_padding",
+            remove_unused_columns=False,
+            prediction_loss_only=True,
+            label_names=["labels"],
+            disable_tqdm=True,
+            **training,
+        )
+    except (ValueError, ImportError) as error:
+        raise ThriftyError(f"the training arguments do not fit together: {' '.join(str(error).split())}") from error
+    if args.n_gpu > 1:
+        raise ThriftyError(
+            f"one process sees {args.n_gpu} GPUs: start one process for each (torchrun --nproc-per-node {args.n_gpu} "
+            "-m thrifty train ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return args
+
+
+def _check_schedule(config: RunConfig) -> None:
+    evaluates = config.training.get("eval_strategy", "no") != "no"
+    if config.early_stopping_patience is not None and not evaluates:
+        raise ThriftyError("early_stopping_patience needs evaluations while training: give eval_steps (eval_steps=50)")
+    if evaluates and not config.data.eval:
+        raise ThriftyError("eval_steps needs data.eval: rows to evaluate on")
+    if keeps_best(config):
+        if not evaluates:
+            raise ThriftyError("load_best_model_at_end needs evaluations while training (eval_steps=50)")
+        if config.training.get("save_strategy", "steps") == "no":
+            raise ThriftyError("load_best_model_at_end needs checkpoints: leave out save_strategy=no")
+
+
+def _trackers(report_to: Any) -> list[str]:
+    wanted = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    wanted = [name for name in wanted if name != "none"]
+    for name in wanted:
+        if name not in _TRACKERS:
+            raise ThriftyError(f"report_to: {unknown('tracker', name, ['none', *_TRACKERS])}")
+        if not (is_tensorboard_available() if name == "tensorboard" else _has_trackio()):
+            raise ThriftyError(f"report_to: {name} is not installed: pip install 'thrifty[report]', or report_to=none")
+    return wanted
+
+
+def _has_trackio() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("trackio") is not None

@@ -1,0 +1,60 @@
+"""What must hold while training, checked where it first can be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from thrifty.core.errors import ThriftyError
+from thrifty.update.peer import PeerTuning
+from thrifty.update.tuning import Tuning
+
+if TYPE_CHECKING:
+    from .trainer import ThriftyTrainer
+
+__all__ = ["Guards"]
+
+
+class Guards(TrainerCallback):
+    """An evaluation batch fits, gradients reach every leaf, values move; and saving waits for the end of an epoch."""
+
+    def __init__(self, trainer: ThriftyTrainer, tuning: Tuning | PeerTuning) -> None:
+        self.trainer = trainer
+        self.tuning = tuning
+        self.checked_gradients = False
+        self.moved = False
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.is_over:
+            self.trainer.try_evaluation()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.checked_gradients:
+            self.tuning.check_gradients()
+            self.checked_gradients = True
+
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"]
+        # In warm-up the rate is 0; a batch without labels has no gradient; fp16 skips its first steps.
+        if self.moved or optimizer.step_was_skipped or not any(group["lr"] > 0 for group in optimizer.param_groups):
+            return
+        if any(leaf.grad is not None and bool(leaf.grad.any()) for leaf in self.tuning.named_leaves().values()):
+            self.tuning.check_changed()
+            self.moved = True
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.in_epoch = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.in_epoch = False
+        if self.trainer.save_at_epoch_end:
+            self.trainer.save_at_epoch_end = False
+            control.should_save = True
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.moved and state.global_step > self.trainer._initial_global_step:
+            raise ThriftyError(
+                f"{state.global_step} steps moved no trained value: every gradient or learning rate was 0; "
+                "check learning_rate, warmup_steps and the labels (thrifty validate)"
+            )

@@ -1,0 +1,241 @@
+"""From a configuration to a finished run: a folder that can be resumed, audited and reproduced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from thrifty.core.errors import ThriftyError
+from thrifty.data import DataReport, Example, check_vocabulary, collate, encode_all, load
+from thrifty.delta import Delta
+from thrifty.objective.next_token import install, loss_of, uninstall
+from thrifty.objective.proof import prepare
+from thrifty.update.peer import PeerTuning
+from thrifty.update.tuning import Tuning, attach_with
+
+from .arguments import keeps_best, training_arguments, with_defaults
+from .checkpoint import Checkpoint, claim, find_checkpoint, refuse_changes, remove_later
+from .config import RunConfig, load_config
+from .display import Display
+from .evaluate import evaluate
+from .files import disk_errors, remove_leftovers, write_json, write_text
+from .memory import Clock, MemoryMeter
+from .metrics import MetricsFile
+from .model import load_model, load_tokenizer
+from .order import RowOrder, row_order
+from .summary import data_fingerprint, make_summary, model_fingerprint, print_result
+from .trainer import Row, ThriftyTrainer
+
+__all__ = ["Run", "run_training", "train"]
+
+_GO_ON = "free space and go on with resume_from_checkpoint=auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run. `model` is plain: the trained weights in the base model's own modules."""
+
+    summary: dict[str, Any]
+    delta: Delta
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    output_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """What is trained on and what is measured."""
+
+    train: Sequence[Row]
+    eval: Sequence[Row] | None
+    examples: Sequence[Example]  # of the evaluation
+    report: DataReport
+
+
+def train(source: str | os.PathLike[str] | Mapping[str, Any] | None = None, **overrides: Any) -> Run:
+    """Train as a run file or a mapping says; `overrides` are its keys (`train("run.yaml", max_steps=100)`).
+
+    Leaves in `output_dir`: `run.yaml`, `metrics.jsonl`, checkpoints, `delta/` and, last, `summary.json`.
+    ThriftyError for whatever the user can mend.
+    """
+    return run_training(load_config(source, overrides))
+
+
+def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
+    """`train` for a configuration already read. Prints to `console` (standard output)."""
+    config = with_defaults(config)
+    args = training_arguments(config)
+    console = Console() if console is None else console
+    console.quiet = console.quiet or not args.should_save
+    output = Path(args.output_dir)
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir=output)
+    claim(output, resume=checkpoint)
+    if checkpoint is not None:
+        refuse_changes(checkpoint, config=config.to_dict(), fingerprints={})
+
+    tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    rows = _load_rows(config, tokenizer)
+    console.print(_describe(rows.report, max_length=config.max_length), highlight=False, soft_wrap=True)
+    model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device)
+    _check_fits(model, rows)
+    record = _record(config, model, rows)
+    if checkpoint is not None:
+        refuse_changes(checkpoint, config=config.to_dict(), fingerprints=record["fingerprints"])
+        record |= {key: checkpoint.record()[key] for key in ("before", "probe_seconds", "peak_memory_bytes")}
+        console.print(f"resuming at step {checkpoint.step} from {checkpoint.folder}", highlight=False, soft_wrap=True)
+    measure = partial(evaluate, tokenizer=tokenizer, examples=rows.examples, config=config.eval)
+    if checkpoint is None and config.eval.before:
+        record["before"] = measure(model)
+
+    tuning, trainer = _train(
+        config, args, model=model, rows=rows, tokenizer=tokenizer, record=record, checkpoint=checkpoint, console=console
+    )
+    delta = tuning.delta()
+    if args.should_save:
+        with disk_errors(str(output / "delta"), fix=_GO_ON):
+            delta.save(output / "delta")
+    model = _finish(tuning, trainer)
+    summary = make_summary(config, tuning=tuning, trainer=trainer, report=rows.report, after=measure(model))
+    if args.should_save:
+        with disk_errors(str(output / "summary.json"), fix=_GO_ON):
+            write_json(output / "summary.json", summary)
+    print_result(summary, output=output, console=console)
+    return Run(summary=summary, delta=delta, model=model, tokenizer=tokenizer, output_dir=output)
+
+
+def _load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Rows:
+    train_rows, report = encode_all(load(config.data.train, seed=config.seed), tokenizer, max_length=config.max_length)
+    if not config.data.eval:
+        return _Rows(train=train_rows, eval=None, examples=(), report=report)
+    examples = load(config.data.eval, seed=config.seed)
+    eval_rows, _ = encode_all(examples, tokenizer, max_length=config.max_length)
+    return _Rows(train=train_rows, eval=eval_rows, examples=examples, report=report)
+
+
+def _check_fits(model: PreTrainedModel, rows: _Rows) -> None:
+    """ThriftyError where a row holds a token or a position that the model does not have."""
+    every = [*rows.train, *(rows.eval or ())]
+    check_vocabulary(every, model.get_input_embeddings().num_embeddings)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(row["input_ids"]) for row in every)
+    if positions is not None and longest > positions:
+        raise ThriftyError(
+            f"max_length: the longest row has {longest} tokens, the model {positions} positions: lower it"
+        )
+
+
+def _describe(report: DataReport, *, max_length: int) -> str:
+    text = (
+        f"data: {report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens / report.tokens:.0%} trained"
+    )
+    if report.truncated_rows:
+        text += f"; {report.truncated_rows:,} rows cut at max_length={max_length}"
+    if report.rows_without_labels:
+        text += f"; {report.rows_without_labels:,} rows have no answer left"
+    return text
+
+
+def _record(config: RunConfig, model: nn.Module, rows: _Rows) -> dict[str, Any]:
+    fingerprints = {"model": model_fingerprint(model), "data.train": data_fingerprint(rows.train)}
+    if rows.eval is not None:
+        fingerprints["data.eval"] = data_fingerprint(rows.eval)
+    return {"config": config.to_dict(), "fingerprints": fingerprints, "before": None}
+
+
+def _train(
+    config: RunConfig,
+    args: TrainingArguments,
+    *,
+    model: PreTrainedModel,
+    rows: _Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    console: Console,
+) -> tuple[Tuning | PeerTuning, ThriftyTrainer]:
+    """Attach, train to the end, and leave the values that are the run's result."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    collator = partial(collate, pad_token_id=pad)
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    first = row_order(len(rows.train), seed=seed, epoch=0)[: config.probe_units * config.probe_rows]
+    units = [first[i : i + config.probe_rows] for i in range(0, len(first), config.probe_rows)]
+
+    meter = MemoryMeter(model)
+    display = Display(console=console)
+    set_seed(args.seed)
+    install(model, prepare(model, sample_batch=collator([rows.train[i] for i in first[:2]])))
+    try:
+        tuning = attach_with(
+            model,
+            config.method,
+            budget=config.budget,
+            batches=(collator([rows.train[i] for i in unit]) for unit in units),
+            seed=args.seed,
+            loss=loss_of,
+            plan=None if checkpoint is None else checkpoint.plan(),
+            probe_rows=config.probe_rows,
+        )
+        console.print(f"{tuning.method.name}: {tuning.plan}", highlight=False, markup=False, soft_wrap=True)
+        record.setdefault("probe_seconds", tuning.probe_seconds)
+        _begin_folder(config, args, checkpoint=checkpoint)
+        trainer = ThriftyTrainer(
+            tuning=tuning,
+            args=args,
+            rows=rows.train,
+            eval_rows=rows.eval,
+            collate=collator,
+            metrics=MetricsFile(Path(args.output_dir) / "metrics.jsonl", step=checkpoint.step if checkpoint else 0),
+            clock=Clock(tuning.probe_seconds if checkpoint is None else checkpoint.record()["train_seconds"]),
+            meter=meter,
+            record=record,
+            order=RowOrder(len(rows.train), seed=seed),
+            patience=config.early_stopping_patience,
+            callbacks=[display],
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        trainer.note_result(best=keeps_best(config))
+    except KeyboardInterrupt:
+        display.close()
+        console.print(_stopped(Path(args.output_dir)), highlight=False, soft_wrap=True)
+        raise
+    finally:
+        display.close()
+        meter.close()
+    return tuning, trainer
+
+
+def _stopped(output: Path) -> str:
+    last = find_checkpoint("auto", output_dir=output)
+    if last is None:
+        return "stopped before the first checkpoint: nothing was kept"
+    return f"stopped: {last.folder} is whole; resume_from_checkpoint=auto goes on from there"
+
+
+def _begin_folder(config: RunConfig, args: TrainingArguments, *, checkpoint: Checkpoint | None) -> None:
+    output = Path(args.output_dir)
+    if args.should_save:
+        with disk_errors(str(output), fix="free space"):
+            remove_leftovers(output)
+            write_text(output / "run.yaml", config.to_yaml())
+            (output / "summary.json").unlink(missing_ok=True)  # of the shorter run that is now continued
+        if checkpoint is not None:
+            remove_later(output, step=checkpoint.step)
+
+
+def _finish(tuning: Tuning | PeerTuning, trainer: ThriftyTrainer) -> nn.Module:
+    """The plain model, ready to answer: no loss, no checkpointing, no autocast left on it."""
+    if trainer.args.activation_checkpointing:
+        tuning.model.gradient_checkpointing_disable()
+    trainer.unwrap()
+    model = tuning.finish()
+    uninstall(model)
+    model.config.use_cache = trainer.used_cache
+    return model.eval()

@@ -1,0 +1,302 @@
+"""A small subclass of transformers' Trainer: the same steps, delta-only checkpoints, evaluation without logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from thrifty.core.errors import ThriftyError
+from thrifty.objective.heads import unwrapped
+from thrifty.objective.next_token import installed_plan, sum_loss
+from thrifty.update.peer import PeerTuning
+from thrifty.update.tuning import Tuning
+
+from .checkpoint import Checkpoint, remove_old, write_checkpoint
+from .guards import Guards
+from .memory import Clock, MemoryMeter
+from .metrics import MetricsFile
+from .order import RowOrder
+from .state import load_optimizer_state, optimizer_state, random_state, set_random_state
+
+__all__ = ["Row", "ThriftyTrainer"]
+
+Row = Mapping[str, list[int]]  # input_ids and labels
+
+
+class ThriftyTrainer(Trainer):
+    """Trains what `tuning` attached. The loss is the model's own, installed by `objective.next_token.install`.
+
+    `record` goes into every checkpoint beside the clock and the evaluations; `patience` is how many evaluations without
+    a lower loss end the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        tuning: Tuning | PeerTuning,
+        args: TrainingArguments,
+        rows: Sequence[Row],
+        eval_rows: Sequence[Row] | None,
+        collate: Callable[[Sequence[Row]], dict[str, Tensor]],
+        metrics: MetricsFile,
+        clock: Clock,
+        meter: MemoryMeter,
+        record: Mapping[str, Any],
+        order: RowOrder,
+        patience: int | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.order = order
+        self.used_cache = getattr(tuning.model.config, "use_cache", None)  # the stock trainer switches it off
+        super().__init__(
+            model=tuning.model,
+            args=args,
+            data_collator=collate,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            callbacks=[Guards(self, tuning), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        # The installed loss takes `num_items_in_batch`, and predicts label t from hidden state t - 1.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.tuning = tuning
+        self.metrics = metrics
+        self.clock = clock
+        self.meter = meter
+        self.record = record
+        self.patience = patience
+        self.save_at_epoch_end = False
+        self.in_epoch = False
+        # By length: the largest batch comes first, so that it fails first, and little is padded.
+        self._eval_order = sorted(range(len(eval_rows or ())), key=lambda i: -len(eval_rows[i]["input_ids"]))  # type: ignore[index]
+
+    # Rows and steps
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
+        return self.order
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Not counted: the stock estimate walks all parameters at every micro-batch, and is wrong here."""
+        return 0
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        began = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # the intervals of this configuration, not the checkpoint's
+        return began
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.activation_checkpointing:
+            # Switching it on made the embeddings' output require a gradient: all layers would be differentiated.
+            self.model.disable_input_require_grads()
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _run_epoch(self, **epoch: Any) -> None:
+        resumed = epoch["resume_from_checkpoint"]
+        if resumed is not None and epoch["epoch"] == epoch["epochs_trained"]:
+            running = Checkpoint(Path(resumed)).record()["running"]
+            self._tr_loss += running["loss"]
+            self._globalstep_last_logged = running["last_logged"]
+        if self.is_over:
+            self.control.should_training_stop = True  # the stock loop would take one step more
+            return
+        self.order.set_epoch(epoch["epoch"])
+        self.clock.run()
+        super()._run_epoch(**epoch)
+        self.clock.pause()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no step left: all were made, or early stopping ended the run."""
+        return self.state.global_step >= self.state.max_steps or self._out_of_patience()
+
+    # Evaluation
+
+    def _eval_batch(self, number: int) -> tuple[float, int]:
+        """Loss sum and label count of this process's rows of evaluation batch `number`."""
+        size = self.args.per_device_eval_batch_size
+        first = (number * self.args.world_size + self.args.process_index) * size
+        rows = [self.eval_dataset[i] for i in self._eval_order[first : first + size]]
+        if not rows:  # every process runs the same number of forwards
+            row = self.eval_dataset[self._eval_order[-1]]
+            rows = [{**row, "labels": [-100] * len(row["labels"])}]
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total, count = sum_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
+        except torch.OutOfMemoryError as error:
+            longest = max(len(row["input_ids"]) for row in rows)
+            raise ThriftyError(
+                f"out of memory in an evaluation batch of {len(rows)} rows of {longest} tokens: "
+                f"lower per_device_eval_batch_size (now {size}) or max_length"
+            ) from error
+        return float(total), int(count)
+
+    def _eval_sums(self, batches: int) -> tuple[float, int]:
+        training = self.model.training
+        self.model.eval()
+        sums = [self._eval_batch(number) for number in range(batches)]
+        self.model.train(training)
+        here = torch.tensor([[s for s, _ in sums], [n for _, n in sums]], dtype=torch.float64).sum(1)
+        total, count = self.accelerator.reduce(here.to(self.args.device), reduction="sum").tolist()
+        return total, int(count)
+
+    def try_evaluation(self) -> None:
+        """Run the largest evaluation batch, so that what does not fit fails before the first step."""
+        if self.eval_dataset is not None and self.args.eval_strategy != "no":
+            self._eval_sums(1)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss per label over the evaluation rows, from running sums."""
+        assert eval_dataset is None or eval_dataset is self.eval_dataset
+        start = time.perf_counter()
+        with self.clock.paused():
+            batches = math.ceil(len(self._eval_order) / (self.args.per_device_eval_batch_size * self.args.world_size))
+            total, count = self._eval_sums(batches)
+        metrics = {f"{metric_key_prefix}_loss": total / count, "seconds": time.perf_counter() - start}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: Mapping[str, float], trial: Any) -> bool:
+        best = self.state.best_metric if self.state.best_metric is not None else math.inf
+        better = metrics["eval_loss"] < best
+        if better:
+            self.state.best_metric = metrics["eval_loss"]
+            self.state.best_global_step = self.state.global_step
+            if self.args.save_strategy != SaveStrategy.NO:
+                self.control.should_save = True  # whatever save_steps says: the best is always kept
+        if self._out_of_patience():
+            self.control.should_training_stop = True
+        return better
+
+    def _out_of_patience(self) -> bool:
+        if self.patience is None:
+            return False
+        best = self.state.best_global_step or 0
+        since = [entry for entry in self.state.log_history if "eval_loss" in entry and entry["step"] > best]
+        return len(since) >= self.patience
+
+    # Reports
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was measured, keep it in `metrics.jsonl`, and tell the display and the trackers."""
+        if "train_runtime" in logs:  # the stock closing line; summary.json says it better
+            return
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]) and not self.args.fp16:
+                raise ThriftyError(
+                    f"the training loss is {logs['loss']} at step {self.state.global_step}: "
+                    f"lower learning_rate (now {self.args.learning_rate:g}) or give warmup_steps"
+                )
+            logs["tokens"] = self.state.num_input_tokens_seen
+            logs["tokens_per_second"] = self.tokens_per_second
+            logs["memory_bytes"] = self.meter.now()
+        logs["epoch"] = round(self.state.epoch or 0.0, 6)
+        entry = {"step": self.state.global_step, **logs}
+        self.state.log_history.append(entry)
+        if self.args.should_save:
+            self.metrics.append(entry)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Unpadded tokens over the seconds of the steps alone (no probe, evaluation or saving)."""
+        seconds = self.clock.seconds - self.record["probe_seconds"]
+        return self.state.num_input_tokens_seen / seconds if seconds > 0 else 0.0
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.in_epoch and float(self.state.epoch or 0).is_integer():
+            # A run resumed here starts with the next epoch: what the epoch's end logs and evaluates comes first.
+            self.save_at_epoch_end = True
+            return
+        with self.clock.paused():
+            states = {
+                "optimizer": optimizer_state(self.optimizer, self.tuning.named_leaves()),
+                "scheduler": self.lr_scheduler.state_dict(),
+                "random": gather_object([random_state()]),
+            }
+            if self.accelerator.scaler is not None:
+                states["scaler"] = self.accelerator.scaler.state_dict()
+            values = self.tuning.state()
+            if self.args.should_save:
+                self.metrics.sync()
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                write_checkpoint(
+                    folder,
+                    values=values,
+                    plan=self.tuning.plan,
+                    states=states,
+                    trainer_state=self._state_json(),
+                    record={**self.record, **self.measured()},
+                )
+                keep = self.args.save_total_limit or 1
+                remove_old(folder.parent, keep=keep, best_step=self.state.best_global_step)
+            self.accelerator.wait_for_everyone()
+
+    def measured(self) -> dict[str, Any]:
+        """What a resumed run carries on: seconds, peak memory and the loss not logged yet."""
+        return {
+            "train_seconds": self.clock.seconds,
+            "peak_memory_bytes": max(self.meter.peak(), self.record.get("peak_memory_bytes", 0)),
+            "running": {"loss": float(self._tr_loss), "last_logged": self._globalstep_last_logged},
+        }
+
+    def _state_json(self) -> str:
+        state = dataclasses.asdict(self.state)
+        # metrics.jsonl keeps the rest; the intervals come from the configuration that resumes.
+        state["log_history"] = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        return json.dumps(state | {"logging_steps": None, "eval_steps": None, "save_steps": None})
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            self.tuning.delta().save(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.tuning.load_state(Checkpoint(Path(resume_from_checkpoint)).values())
+
+    def note_result(self, *, best: bool) -> None:
+        """After training: put back the best values if they are the result, and note which step's values are left."""
+        self.clock.pause()
+        self.peak_memory_bytes = max(self.meter.peak(), self.record.get("peak_memory_bytes", 0))
+        self.result_step = self.state.global_step
+        if best and self.state.best_global_step not in (None, self.state.global_step):
+            self.result_step = self.state.best_global_step
+            self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{self.result_step}"))
+
+    def unwrap(self) -> None:
+        """Take accelerate's autocast off the model's forward."""
+        own = vars(self.model)
+        if installed_plan(self.model) is not None and "forward" in own and self.model is not unwrapped(self.model):
+            own.pop("forward")
+            own.pop("_original_forward", None)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            saved = Checkpoint(Path(checkpoint))
+            load_optimizer_state(self.optimizer, saved.state("optimizer"), self.tuning.named_leaves())
+            self.lr_scheduler.load_state_dict(saved.state("scheduler"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(Checkpoint(Path(checkpoint)).state("scaler"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            states = Checkpoint(Path(checkpoint)).state("random")
+            set_random_state(states[self.args.process_index % len(states)])
