@@ -21,9 +21,9 @@ IGNORED = -100  # the label of a token without a loss, as in transformers
 CHUNK_BYTES = 32 * 2**20  # of one chunk's float32 logits
 
 
-def chunk_rows(vocabulary: int, *, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Rows whose float32 logits fit into `chunk_bytes`, at least one."""
-    return max(1, chunk_bytes // (4 * vocabulary))
+def chunk_rows(vocabulary: int) -> int:
+    """Rows whose float32 logits fit into `CHUNK_BYTES`, at least one."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
 def label_loss(
@@ -44,8 +44,8 @@ def label_loss(
         chunk: rows per chunk; by default as many as 32 MiB of logits hold.
 
     Returns:
-        A scalar, float32 (float64 for float64 inputs); zero, with zero gradients, where no row has a label. Products are
-        in the dtype that `F.linear` would use (autocast included), the softmax and the sums in float32.
+        A scalar, float32 (float64 for float64 inputs); zero, with zero gradients, where no row has a label. The
+        products have the dtype of `F.linear` (autocast included), the softmax and the sums are float32.
     """
     kept_N = (labels_T.reshape(-1) != IGNORED).nonzero().squeeze(1)
     hidden_ND = hidden_TD.reshape(-1, hidden_TD.shape[-1]).index_select(0, kept_N)

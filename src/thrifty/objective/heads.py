@@ -18,8 +18,7 @@ __all__ = ["head_name", "is_plain", "own_logits", "trunk_names", "unwrapped"]
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model whose forward makes the loss: inside a PEFT wrapper the wrapped one, otherwise the model itself."""
-    inner = getattr(model, "get_base_model", lambda: model)()
-    assert isinstance(inner, PreTrainedModel), f"{type(inner).__name__} is not a transformers model"
+    inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
     return inner
 
 

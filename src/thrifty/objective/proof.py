@@ -46,6 +46,8 @@ def prepare(model: nn.Module, *, sample_batch: Mapping[str, Tensor] | None = Non
     """
     assert installed_plan(model) is None, "prepare looks at the model's own loss: uninstall first"
     target = unwrapped(model)
+    if not isinstance(target, PreTrainedModel):
+        return LossPlan(path="own_loss", reason=f"{type(target).__name__} is not a transformers model")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
