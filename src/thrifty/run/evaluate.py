@@ -1,0 +1,112 @@
+"""Evaluation: loss, greedy exact match, multiple choice, and what was forgotten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from thrifty.core.errors import ThriftyError
+from thrifty.data import Example, answer, check_vocabulary, encode_all, load
+from thrifty.delta import Delta
+from thrifty.objective.heads import unwrapped
+
+from .config import EvalConfig, RunConfig
+from .evaluation import Answered, answer_all, choose, evaluating, file_loss, mean_loss, option_lists, questions
+from .model import load_model, load_tokenizer
+
+__all__ = ["evaluate", "run_eval"]
+
+T = TypeVar("T")
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    config: EvalConfig,
+    *,
+    max_length: int,
+    answers_file: str | Path | None = None,
+) -> dict[str, float]:
+    """What `config` asks for, by name; the model is left as it was.
+
+    - `loss`: mean per label over all `examples`, each cut at `max_length` as in training.
+    - `exact_match`: the share of the first rows whose greedy answer is the reference, stripped, character by character.
+    - `choice`: the share of the first rows whose likeliest option is the reference.
+    - `forgetting`: mean loss per token of a plain text file (its first 64 windows of at most 512 tokens).
+
+    Args:
+        examples: the evaluation rows; `exact_match` and `choice` take the first of them, in their order.
+        max_length: tokens.
+        answers_file: where the greedy answers go, one JSON object {question, answer, reference, correct} a line.
+    """
+    scores: dict[str, float] = {}
+    with evaluating(model):
+        if config.loss and examples:
+            rows, _ = encode_all(examples, tokenizer, max_length=max_length)
+            check_vocabulary(rows, _vocabulary(model))
+            scores["loss"] = mean_loss(model, rows, batch_size=config.batch_size)
+        if config.exact_match:
+            asked = questions(_first(examples, config.exact_match, "exact_match"), tokenizer)
+            check_vocabulary([{"input_ids": question.prompt_ids} for question in asked], _vocabulary(model))
+            answered = answer_all(
+                model, tokenizer, asked, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
+            )
+            scores["exact_match"] = sum(a.correct for a in answered) / len(answered)
+            if answers_file is not None:
+                write_answers(answered, answers_file)
+        if config.choice:
+            picked = _first(examples, config.choice, "choice")
+            texts = option_lists(picked, given=config.choices, among=examples)
+            chosen = choose(model, tokenizer, picked, texts, batch_size=config.batch_size)
+            right = [(answer(e) or "").strip() == t[c] for e, t, c in zip(picked, texts, chosen)]
+            scores["choice"] = sum(right) / len(right)
+        if config.forgetting:
+            scores["forgetting"] = file_loss(
+                model, tokenizer, config.forgetting, max_length=max_length, batch_size=config.batch_size
+            )
+    return scores
+
+
+def _first(examples: Sequence[T], rows: int | bool, name: str) -> Sequence[T]:
+    """The first `rows` rows; all of them for True."""
+    if not examples:
+        raise ThriftyError(f"eval.{name} needs data.eval: rows to evaluate on")
+    return examples if rows is True else examples[:rows]
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(unwrapped(model).get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def write_answers(answered: Sequence[Answered], path: str | Path) -> None:
+    """One JSON object a line: question, answer, reference, correct."""
+    lines = [
+        json.dumps(
+            {"question": a.question, "answer": a.answer, "reference": a.reference, "correct": a.correct},
+            ensure_ascii=False,
+        )
+        for a in answered
+    ]
+    Path(path).write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def run_eval(model: str, *, delta: str | None, config: RunConfig) -> dict[str, float]:
+    """Load a model (an embedded name, a folder, a hub id), put `delta` on it, and evaluate it as `config` says.
+
+    The answers go to standard places only in a training run; here only the scores are returned.
+    """
+    if not config.data.eval and not config.eval.forgetting:
+        raise ThriftyError("nothing to measure: give data.eval=rows.jsonl, or eval.forgetting=text.txt")
+    examples = load(config.data.eval, seed=config.seed) if config.data.eval else []
+    tokenizer = load_tokenizer(config.tokenizer or model, trust_remote_code=config.trust_remote_code)
+    loaded = load_model(model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    if delta is not None:
+        applied = Delta.load(delta).apply(loaded)
+        loaded = loaded if applied is None else applied
+    return evaluate(loaded, tokenizer, examples, config.eval, max_length=config.max_length)
