@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--eval", default=None, metavar="DATA", help="held-out rows")
 
     train = verb("train", "Fine-tune a model", verbs.train)
-    train.add_argument("items", nargs="+", metavar="[run.yaml] key=value", help=f"a run file, and {_SETTINGS}")
+    _settings(train, f"a run file, and {_SETTINGS}", count="+")
 
     evaluate = verb("eval", "Measure a model, a model with a delta, or a finished run", verbs.evaluate)
     _model(evaluate)
@@ -89,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
     chat = verb("chat", "Talk to a model, a model with a delta, or a finished run", verbs.chat)
     _model(chat)
+    _settings(chat, "how it is loaded: dtype=bfloat16 tokenizer=...")
     chat.add_argument("--system", metavar="TEXT", help="what the model is told first")
 
     methods = verb("methods", "List the methods, one name a line, or describe one", verbs.methods)
@@ -103,13 +104,23 @@ def _model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--delta", metavar="FOLDER", help="a delta to apply to the model")
 
 
+def _settings(sub: argparse.ArgumentParser, summary: str, *, count: str = "*") -> None:
+    sub.add_argument("settings", nargs=count, metavar="[run.yaml] key=value", help=summary)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0; 2 where the user must mend something (one line on stderr); 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         top = parser()
         _check_verb(words, top)
-        parsed = top.parse_args(words)
+        parsed, rest = top.parse_known_args(words)
+        # argparse fills `key=value ...` at the first place it meets only; those behind an option come here.
+        more = [word for word in rest if not word.startswith("-")] if hasattr(parsed, "settings") else []
+        if unknown := [word for word in rest if word not in more]:
+            top.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if more:
+            parsed.settings += more
         code = parsed.call(parsed)
         sys.stdout.flush()
         return code

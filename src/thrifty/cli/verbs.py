@@ -33,22 +33,20 @@ def init(arguments: argparse.Namespace) -> int:
 
 def train(arguments: argparse.Namespace) -> int:
     from thrifty.run.config import load_config
-    from thrifty.run.train import train
+    from thrifty.run.train import run_training
 
-    file, settings = _split(arguments.items)
-    train(load_config(file, settings).to_dict())
+    file, settings = _split(arguments.settings)
+    run_training(load_config(file, settings))
     return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from thrifty.run.config import load_config
     from thrifty.run.evaluate import run_eval
     from thrifty.run.folder import locate
 
-    place = locate(arguments.model, delta=arguments.delta)
     file, settings = _split(arguments.settings)
-    config = load_config(file or place.run_file, [*settings, f"model={place.model}"], needs_training_data=False)
-    for name, value in run_eval(place.model, delta=place.delta, config=config).items():
+    place = locate(arguments.model, delta=arguments.delta, file=file, settings=settings)
+    for name, value in run_eval(place.config.model, delta=place.delta, config=place.config).items():
         print(f"{name}: {value:.6g}")
     return 0
 
@@ -64,8 +62,8 @@ def chat(arguments: argparse.Namespace) -> int:
     from thrifty.run.chat import chat
     from thrifty.run.folder import locate
 
-    place = locate(arguments.model, delta=arguments.delta)
-    chat(place.model, delta=place.delta, system=arguments.system)
+    file, settings = _split(arguments.settings)
+    chat(locate(arguments.model, delta=arguments.delta, file=file, settings=settings), system=arguments.system)
     return 0
 
 

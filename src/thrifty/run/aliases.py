@@ -14,11 +14,12 @@ _BY_OURS = {
     "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size per_device_batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
     "gradient_accumulation_steps": "grad_accum gradient_accumulation grad_accumulation_steps accumulate_grad_batches",
-    "max_length": "sequence_len sequence_length cutoff_len max_seq_length max_seq_len model_max_length seq_len context_length",
+    "max_length": "sequence_len sequence_length cutoff_len max_seq_length max_seq_len model_max_length seq_len "
+    "context_length",
     "num_train_epochs": "epochs num_epochs n_epochs max_epochs",
     "max_steps": "steps num_steps iters num_iters max_iters train_steps",
-    "data.train": "dataset datasets dataset_path dataset_name dataset_id train_file train_files train_dataset train_data "
-    "data_path train_path dataset_dir train",
+    "data.train": "dataset datasets dataset_path dataset_name dataset_id train_file train_files train_dataset "
+    "train_data data_path train_path dataset_dir train",
     "data.eval": "eval_dataset eval_file validation_file valid_file test_datasets val_dataset val_file eval_data "
     "validation_dataset eval_path test_file",
     "output_dir": "output output_path out_dir save_dir output_folder save_path adapter_path",
@@ -116,13 +117,13 @@ OWNED: dict[str, str] = {
     "ignore_data_skip": "a resumed run meets the rows that the uninterrupted one would have met",
     "restore_callback_states_from_checkpoint": "a checkpoint restores all there is to restore",
     "include_num_input_tokens_seen": "unpadded tokens are always counted",
-    "auto_find_batch_size": "set per_device_train_batch_size and gradient_accumulation_steps: their product decides the rows",
+    "auto_find_batch_size": "set per_device_train_batch_size and gradient_accumulation_steps yourself",
     "enable_jit_checkpoint": "stop the run at any moment and go on with resume_from_checkpoint=auto",
     "save_on_each_node": "checkpoints are written once",
     "torch_compile": "training does not compile the model yet",
     **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), "training does not compile the model yet"),
     "disable_tqdm": "the display is quiet where there is no terminal",
-    "train_sampling_strategy": "the order of the rows depends on the seed alone, so that a resumed run meets the same rows",
+    "train_sampling_strategy": "the order of the rows depends on the seed alone, so that runs can be resumed",
     "local_rank": "the launcher sets it",
     "length_column_name": "the length of a row is that of its tokens",
 }

@@ -18,7 +18,7 @@ from thrifty.core.method import Method, parse_method
 from thrifty.data.source import Source
 
 from .aliases import IN_DATA, OTHER_NAMES, OWNED
-from .typed import TypeMismatch, typed
+from .typed import TypeMismatch, takes_text, typed
 from .yaml_source import Document, apply_overrides, dump_yaml, plain, read_document
 
 __all__ = ["DataConfig", "EvalConfig", "RunConfig", "load_config", "training_fields"]
@@ -113,8 +113,8 @@ def load_config(
 ) -> RunConfig:
     """A run file or a mapping, and `key=value` texts (or a mapping of dotted keys) over it.
 
-    ThriftyError, in one line with file and line, for an unknown key, a wrong type, a name from another tool, a key given
-    twice, a method or a budget that does not exist, and for what is missing.
+    ThriftyError, in one line with file and line, for an unknown key, a wrong type, a name from another tool, a key
+    given twice, a method or a budget that does not exist, and for what is missing.
     """
     document = read_document(source)
     apply_overrides(document, overrides)
@@ -194,6 +194,9 @@ class _Reader:
         try:
             result = typed(value, annotation)
         except TypeMismatch as mismatch:
+            # `run_name=2024` reads as a number, but a shell leaves no way to say that it is text.
+            if key in self.document.raw and type(value) in (int, float, bool) and takes_text(annotation):
+                return self.document.raw[key]
             raise self.fail(key, f"{key} must be {mismatch}") from None
         low = _MINIMUM.get(key)
         if low is not None and result is not None and result < low:

@@ -11,7 +11,7 @@ from .yaml_source import dump_yaml
 __all__ = ["init", "run_file"]
 
 _TEMPLATE = """\
-# A run of thrifty: `thrifty train {file}`. Any key can also be given on the command line: `thrifty train {file} max_steps=50`.
+# A run of thrifty: `thrifty train {file}`. Keys can be given there too: `thrifty train {file} max_steps=50`.
 # Relative paths start from the directory in which the command is run.
 
 model: {model}           # smollm2-135m (embedded), a folder, or a hub id of a causal language model
@@ -23,7 +23,7 @@ data:                    # .jsonl, .json, .csv, .parquet, .txt, or a hub id
   train: {train}         # a path, or a list of {{path: ..., split: ..., weight: ..., columns: ...}}
   eval: {eval}           # held-out rows, in the same form; null: none
 
-method: smt              # `thrifty methods` lists them; with options: {{smt: {{block_size: 64}}}}; of PEFT: {{peft: {{peft_type: LORA, r: 8}}}}
+method: smt              # `thrifty methods` lists all; {{smt: {{block_size: 64}}}}, {{peft: {{peft_type: LORA, r: 8}}}}
 budget: 1%               # at most this share of the model's parameters is trained; an integer is a count
 probe_rows: 4            # rows in one unit of the probe that chooses what to train
 probe_units: 16          # units of the probe

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union
 
 from thrifty.core.errors import nearest
 
-__all__ = ["TypeMismatch", "short", "typed"]
+__all__ = ["TypeMismatch", "short", "takes_text", "typed"]
 
 
 class TypeMismatch(Exception):
@@ -19,9 +19,9 @@ class TypeMismatch(Exception):
 
 
 def typed(value: Any, annotation: Any) -> Any:
-    """`value` as `annotation` takes it: integers pass as floats and whole floats as integers; nothing else is converted.
+    """`value` as `annotation` takes it: integers pass as floats, whole floats as integers; nothing else is converted.
 
-    Understands str, int, float, bool, None, enums (by value), list[...], dict, Literal and unions. TypeMismatch otherwise.
+    Understands str, int, float, bool, None, enums (by value), list, dict, Literal and unions. TypeMismatch otherwise.
     """
     if annotation is Any:
         return value
@@ -44,7 +44,15 @@ def typed(value: Any, annotation: Any) -> Any:
         hint = f"; did you mean {close!r}?" if close else ""
     if isinstance(value, str) and set(options) & {bool} and value.lower() in ("yes", "no", "on", "off"):
         hint = "; write true or false"
+    if type(value) in (int, float, bool) and takes_text(annotation):
+        hint = f"; put it in quotes: '{value}'"
     raise TypeMismatch(f"{describe(annotation)}, not {short(value)}{hint}")
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether any text will do."""
+    options = _options(annotation)
+    return str in options and not any(isinstance(o, type) and issubclass(o, enum.Enum) for o in options)
 
 
 def _options(annotation: Any) -> list[Any]:

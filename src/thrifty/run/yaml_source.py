@@ -49,7 +49,7 @@ for _tag, _pattern, _first in _SCALARS:
     _whole = re.compile(rf"(?:{_pattern.pattern})\Z")
     _Loader.add_implicit_resolver(_tag, _whole, _first)
     _Dumper.add_implicit_resolver(_tag, _whole, _first)
-_Loader.add_constructor(_INT, lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
+_Loader.add_constructor(_INT, lambda loader, node: int(str(node.value).replace("_", "")))
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Document:
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)
+    raw: dict[str, str] = field(default_factory=dict)  # dotted key -> what stood on the command line
     name: str = "arguments"
 
     def place(self, dotted: str) -> str:
@@ -89,14 +90,14 @@ class Document:
             if not isinstance(child, dict | list):
                 raise ThriftyError(f"{place}: cannot set {dotted}: {_dotted(key)} is {short(child)}, not a mapping")
             target = child
-        step = _step(target, key, words[-1], place=place)
-        target[step] = value
-        key = (*key, step)
+        last = _step(target, key, words[-1], place=place)
+        target[last] = value
+        key = (*key, last)
         self.places = {k: v for k, v in self.places.items() if k[: len(key)] != key}
         self.places[key] = place
 
 
-def _step(target: Any, key: Key, word: str, *, place: str) -> str | int:
+def _step(target: Any, key: Key, word: str, *, place: str) -> Any:
     if not isinstance(target, list):
         return word
     if not word.isdigit() or int(word) >= len(target):
@@ -152,6 +153,7 @@ def apply_overrides(document: Document, overrides: Mapping[str, Any] | Sequence[
         if value is None and raw.strip().lower() not in ("", "~", "null"):
             value = raw  # `run_name=#5`: in YAML a comment, on a command line plainly text
         document.set(key, value, place="command line")
+        document.raw[key] = raw
 
 
 def plain(value: Any) -> Any:

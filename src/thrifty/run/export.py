@@ -1,0 +1,81 @@
+"""A plain checkpoint that transformers alone loads: base and delta in one, with the tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from thrifty.core.errors import ThriftyError
+from thrifty.data.template import PLAIN_TEMPLATE
+from thrifty.delta import Delta
+
+from .files import disk_errors, new_folder
+from .folder import locate
+from .model import load_model, load_tokenizer, resolve
+
+__all__ = ["export"]
+
+_log = logging.getLogger("thrifty")
+
+
+def export(source: str, *, output: str, base: str | None = None, dtype: str | None = None) -> str:
+    """Write base + delta into the new folder `output`, whole or not at all, and return it.
+
+    source: the folder of a run or of a delta. base: the model that the delta belongs to, where its run does not say.
+    dtype: what the checkpoint is held in; the run's own unless given. The written folder is loaded again by
+    transformers alone, and its logits compared with the model's. ThriftyError for an output folder that is in use.
+    """
+    if base is None:
+        place = locate(source)
+    else:
+        is_run = (Path(source) / "delta" / "delta.json").is_file()
+        place = locate(base, delta=str(Path(source) / "delta") if is_run else source)
+    config = place.config
+    if place.delta is None:
+        raise ThriftyError(f"{source} is no folder of a run or of a delta: there is nothing to export")
+    target = Path(output)
+    _refuse_used(target, base=config.model)
+    model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    model = Delta.load(place.delta).apply(model)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
+    tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE  # the form in which conversations were trained
+    expected = _logits(model)
+    kept, model_class = next(model.parameters()).dtype, type(model).__name__
+    with disk_errors(f"the checkpoint {target}", fix="free space and export again"), new_folder(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model  # never two models in memory
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=kept, trust_remote_code=config.trust_remote_code)
+        difference = float((_logits(again) - expected).abs().max())
+        if not difference <= 1e-3 * float(expected.abs().max()):
+            raise ThriftyError(
+                f"{model_class}, written and loaded again by transformers, gives other logits (by {difference:.3g}): "
+                "nothing was exported"
+            )
+    _log.info("exported to %s; loaded again, the largest logit difference is %.2g", target, difference)
+    return str(target)
+
+
+def _refuse_used(target: Path, *, base: str) -> None:
+    resolved = Path(resolve(base))
+    if resolved.is_dir() and target.resolve() in (resolved.resolve(), *resolved.resolve().parents):
+        raise ThriftyError(f"{target} holds the base model itself, which an export would destroy: name another folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise ThriftyError(f"{target} exists and is not empty: name a new folder, or remove it first")
+    if target.exists() and not target.is_dir():
+        raise ThriftyError(f"{target} is a file: name a new folder")
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    """float32 [2, 16, V] of fixed random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (2, 16), generator=generator)
+    model.eval()
+    return model(input_ids=ids.to(model.device)).logits.float().cpu()
