@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from thrifty.core.errors import ThriftyError
-from thrifty.data.shapes import Example, with_answer
+from thrifty.data.shapes import Example, answer, with_answer
 from thrifty.data.template import Renderer
-from thrifty.data.tokens import Answers, marked, plain, tokenize, written
+from thrifty.data.tokens import Answers, tokenize, write
 from thrifty.data.windows import cut
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 IGNORED = -100
+_SOME_ANSWER = "Some answer"
 _CHUNK = 512  # rows that are given to the tokenizer at once
 
 
@@ -116,30 +117,39 @@ def prompt_and_reference(example: Example, tokenizer: PreTrainedTokenizerBase) -
         raise ThriftyError(
             f"{example.origin}: a plain text row has no answer to generate; leave out exact_match and choice"
         )
-    answers = _answers(example, Renderer(tokenizer))
+    renderer = Renderer(tokenizer)
+    answers = _answers(example, renderer)
     start, stop = answers.spans[-1]
-    reference = tokenizer.decode(answers.ids[start:stop], skip_special_tokens=True)
-    return answers.ids[:start], reference.strip()
+    if example.messages is not None and renderer.has_marks(example.tools):
+        # Marks may take in what the generation prompt holds (the role's name); generation begins behind that.
+        last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
+        head = renderer.render(example.messages[:last], example.tools, prompt=True) if last else ""
+        ids = tokenizer(head, add_special_tokens=False, verbose=False).input_ids
+        start = len(ids) if start < len(ids) < stop and answers.ids[: len(ids)] == ids else start
+    return answers.ids[:start], tokenizer.decode(answers.ids[start:stop], skip_special_tokens=True).strip()
 
 
 def chat_prompt(
     messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, tools: list[dict[str, Any]] | None = None
 ) -> list[int]:
-    """The ids after which the model answers `messages`, as training wrote them (the plain form without a template)."""
-    renderer = Renderer(tokenizer)
-    text = renderer.render(list(messages), tools, prompt=True)
-    prefix = [] if renderer.has_template else renderer.prefix
-    return prefix + list(tokenizer(text, add_special_tokens=False).input_ids)
+    """The ids after which the model answers `messages`, as training wrote them (the plain form without a template).
+
+    For most templates this is the generation prompt; where the template writes another prompt than history (an opened
+    thought), it is what training had before its answers.
+    """
+    answered = [*messages, {"role": "assistant", "content": _SOME_ANSWER}]
+    return prompt_and_reference(Example(messages=answered, tools=tools, origin="conversation"), tokenizer)[0]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the end-of-text token, and what the chat template writes behind an answer."""
-    ids = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    """The ids that end an answer: the end-of-text token, and the control token by which the template ends a turn."""
     renderer = Renderer(tokenizer)
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    answers = _answers(Example(messages=messages, origin="stop_ids"), renderer)
-    last = answers.ids[answers.spans[-1][1] - 1]
-    return ids + [last] * (last in renderer.special_ids and last not in ids)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _SOME_ANSWER}]
+    answers = _answers(Example(messages=messages, origin="conversation"), renderer)
+    start, stop = answers.spans[-1]
+    last = [token for token in answers.ids[start:stop] if token in renderer.special_ids][-1:]
+    first = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return list(dict.fromkeys(first + last))
 
 
 def check_vocabulary(rows: Sequence[dict[str, list[int]]], vocab_size: int) -> None:
@@ -149,7 +159,7 @@ def check_vocabulary(rows: Sequence[dict[str, list[int]]], vocab_size: int) -> N
             bad = next(i for i in row["input_ids"] if not 0 <= i < vocab_size)
             raise ThriftyError(
                 f"row {number}: token id {bad} is outside the vocabulary of {vocab_size} entries that the model has: "
-                "the tokenizer belongs to another model; set `tokenizer` to the model's own, or resize the model's embedding"
+                "the tokenizer belongs to another model; set `tokenizer` to the model's own, or resize its embedding"
             )
 
 
@@ -158,27 +168,20 @@ def _answers(example: Example, renderer: Renderer) -> Answers:
 
 
 def _answers_of(examples: Sequence[Example], renderer: Renderer) -> list[Answers]:
-    """Ids and answer spans of each example; texts without {% generation %} marks go to the tokenizer together."""
-    found: list[Answers | None] = [None] * len(examples)
+    """Ids and answer spans of each example. Errors name its origin."""
     texts = []
-    for i, example in enumerate(examples):
+    for example in examples:
         try:
-            if example.messages is None:
-                texts.append((i, plain(example, renderer)))
-                continue
-            renderer.check(example.messages, example.tools)
-            found[i] = marked(example, renderer)
-            if found[i] is None:
-                texts.append((i, written(example, renderer)))
+            texts.append(write(example, renderer))
         except ThriftyError as error:
             raise ThriftyError(f"{example.origin}: {error}") from error
-    for (i, _), tokens in zip(texts, tokenize([text for _, text in texts], renderer), strict=True):
-        found[i] = tokens
-    complete = [answers for answers in found if answers is not None]
-    for example, answers in zip(examples, complete, strict=True):
-        if not answers.spans or any(start >= stop for start, stop in answers.spans):
-            raise ThriftyError(f"{example.origin}: the chat template writes nothing for an answer of this row")
-    return complete
+    found = tokenize(texts, renderer)
+    for example, written, answers in zip(examples, texts, found, strict=True):
+        # Some templates write content only in a form that the row does not have (a list of parts), and say nothing.
+        ending = (answer(example) or example.text or "").strip().split("\n")[-1].strip()
+        if not answers.spans or ending not in written.text[written.spans[-1].start :]:
+            raise ThriftyError(f"{example.origin}: the chat template does not write the text of the row's answer")
+    return found
 
 
 def _labelled(answers: Answers, max_length: int) -> Encoded:

@@ -68,6 +68,11 @@ class Renderer:
         return frozenset({*added, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id})
 
     @cached_property
+    def ending_ids(self) -> frozenset[int]:
+        """Control tokens that may end a turn: all but the one that starts a text."""
+        return self.special_ids - {self.tokenizer.bos_token_id}
+
+    @cached_property
     def prefix(self) -> list[int]:
         """The ids that the tokenizer puts before a plain text by itself (usually nothing or its start token)."""
         with_special, bare = self.tokenizer("a").input_ids, self.tokenizer("a", add_special_tokens=False).input_ids
@@ -142,9 +147,8 @@ class Renderer:
         start = self._prefix(messages[:i], tools, whole, prompt=True)
         end = len(whole) if i == len(messages) - 1 else self._prefix(messages[: i + 1], tools, whole)
         knows_prompt = "add_generation_prompt" in self.source(tools)
-        if start is not None and end is not None and knows_prompt:
-            found = whole.find(content, start, end) if content else -1
-            return Span(start, found + len(content) if found >= 0 else None, end)
+        if start is not None and end is not None and knows_prompt and content and whole.count(content, start, end) == 1:
+            return Span(start, whole.index(content, start) + len(content), end)
         around = self._around(messages, tools, whole, i)
         if around is not None:
             start = start if start is not None and start <= around[0] and knows_prompt else around[0]
