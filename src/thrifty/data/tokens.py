@@ -55,22 +55,23 @@ def tokenize(texts: Sequence[Written], renderer: Renderer) -> list[Answers]:
     """Ids and answers of each text.
 
     The text before an answer is tokenized apart from the answer, as in generation, which tokenizes the prompt alone:
-    "\\n\\n" at the end of a prompt may be one token and "\\n\\nanswer" three. Tokenizers whose pieces do not join to the
-    same text (those that put a space before every text) keep the tokens of the whole.
+    two line breaks at a prompt's end may be one token, and two with an answer behind them. Tokenizers whose pieces do
+    not join to the same text (those that put a space before every text) keep the tokens of the whole.
     """
     if not texts:
         return []
     edges = [sorted({0, *(span.start for span in written.spans), len(written.text)}) for written in texts]
-    whole = _with_offsets([written.text for written in texts], renderer)
+    whole = renderer.tokenizer([w.text for w in texts], add_special_tokens=False, verbose=False).input_ids
     pieces = iter(
         _with_offsets([w.text[a:b] for w, cuts in zip(texts, edges) for a, b in itertools.pairwise(cuts)], renderer)
     )
     found = []
-    for written, cuts, (ids, offsets) in zip(texts, edges, whole):
+    for written, cuts, whole_ids in zip(texts, edges, whole):
         apart = [(next(pieces), at) for at in cuts[:-1]]
-        apart_ids = [token for (piece, _), _ in apart for token in piece]
-        if apart_ids != ids and renderer.tokenizer.decode(apart_ids) == renderer.tokenizer.decode(ids):
-            ids, offsets = apart_ids, [(a + at, b + at) for (_, piece), at in apart for a, b in piece]
+        ids = [token for (piece, _), _ in apart for token in piece]
+        offsets = [(a + at, b + at) for (_, piece), at in apart for a, b in piece]
+        if ids != whole_ids and renderer.tokenizer.decode(ids) != renderer.tokenizer.decode(whole_ids):
+            ids, offsets = _with_offsets([written.text], renderer)[0]
         found.append(_answers(written, ids, offsets, renderer))
     return found
 
@@ -152,7 +153,9 @@ def _with_offsets(texts: list[str], renderer: Renderer) -> list[_Tokens]:
     if not texts:
         return []
     if tokenizer.is_fast:
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
     return [_slow_offsets(text, tokenizer) for text in texts]
 
