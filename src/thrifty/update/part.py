@@ -9,7 +9,7 @@ received a gradient, which the next forward clears by writing (optimizers that s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -147,6 +147,7 @@ class Part:
             loaded = self.region.gather(self.weight).to(self.leaf.dtype).view_as(self.leaf)
             self.leaf.copy_(loaded - self.original.to(self.leaf.dtype).view_as(self.leaf))
         self.dirty = False
+        self.stamp += 1
 
 
 def _mark_dirty(reference: weakref.ref[Part]) -> Callable[[Tensor], None]:
@@ -180,16 +181,16 @@ class InPlaceModule(nn.Module):
         for key in self._leaves():
             destination.pop(prefix + key, None)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         leaves = self._leaves()
         for key in leaves:
             del self._parameters[key]
         try:
-            super()._load_from_state_dict(*args, **kwargs)
+            super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
             self._parameters.update(leaves)
-        for part in self._thrifty.values():
-            if part.module is self:
+        for key, part in self._thrifty.items():
+            if prefix + key in state_dict:  # under this holder's own name: a tied tensor may come under any of them
                 part.adopt_weight()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InPlaceModule:
