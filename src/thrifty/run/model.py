@@ -1,0 +1,153 @@
+"""Models and tokenizers by name: an embedded one, a folder, or a hub id. Weights come from safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from thrifty.core.errors import ThriftyError, nearest, unknown
+
+from .embedded import EMBEDDED, embedded_folder, no_progress_bars
+
+__all__ = ["load_model", "load_tokenizer", "resolve"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve(spec: str | Path) -> str:
+    """What transformers can open: an embedded name's folder (made on first use), an existing folder, or a hub id.
+
+    Raises:
+        ThriftyError: `spec` is written as a path and there is no such folder; the embedded model cannot be had.
+    """
+    name = str(spec)
+    if name in EMBEDDED:
+        return str(embedded_folder(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ThriftyError(f"model {name!r} is a file; give the folder that holds config.json and *.safetensors")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/") or not name.strip():
+        raise ThriftyError(f"model {name!r}: no such folder{_hint(path)}; give a folder, a hub id or {_embedded()}")
+    return name
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """The causal language model `spec`, in evaluation mode.
+
+    Args:
+        spec: an embedded name (`smollm2-135m`), a folder, or a hub id.
+        dtype: what the weights are held in: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
+        trust_remote_code: whether Python files that come with the checkpoint may run.
+        device: where to put it; the CPU by default.
+
+    Attention is PyTorch's `sdpa` where the model supports it, as transformers chooses by itself.
+
+    Raises:
+        ThriftyError: nothing is found under `spec`; the checkpoint has pickles only, is damaged, lacks tensors of the
+            model, or is not a causal language model.
+    """
+    if not isinstance(dtype, torch.dtype) and dtype not in _DTYPES:
+        raise ThriftyError(unknown("dtype", str(dtype), _DTYPES))
+    source = resolve(spec)
+    local = Path(source).is_dir()
+    if local:
+        _check_folder(Path(source))
+    try:
+        with no_progress_bars() if local else contextlib.nullcontext():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=_DTYPES.get(str(dtype), dtype),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _not_loaded("model", str(spec), source, error) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ThriftyError(
+            f"model {str(spec)!r} lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]!r}: "
+            "the checkpoint is incomplete or not one of a causal language model"
+        )
+    return model if device is None else model.to(device)
+
+
+def load_tokenizer(spec: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `spec`, which is written as for `load_model`.
+
+    Where there is no padding token, the end-of-text token (else the unknown one) pads: nothing is added to the
+    vocabulary, and padding is told from text by the attention mask and the labels, never by its id.
+
+    Raises:
+        ThriftyError: no tokenizer under `spec`, or one without any token to pad with.
+    """
+    source = resolve(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _not_loaded("tokenizer", str(spec), source, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ThriftyError(
+            f"tokenizer {str(spec)!r} has no padding, end-of-text or unknown token to pad rows with: "
+            "set pad_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; did you mean {str(folder / inner[0])!r}?" if inner else ""
+        if (folder / "adapter_config.json").is_file():
+            hint = ": it is a PEFT adapter; set model to its base"
+        elif (folder / "delta.json").is_file():
+            hint = ": it is a delta; set model to its base"
+        raise ThriftyError(f"model folder {str(folder)!r} has no config.json{hint}")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ThriftyError(
+            f"model folder {str(folder)!r} holds its weights as a pickle ({pickles[0]}), which can run any code and is "
+            "never loaded: convert it to safetensors (save_pretrained in the environment that made it)"
+        )
+    raise ThriftyError(f"model folder {str(folder)!r} has no *.safetensors")
+
+
+def _not_loaded(kind: str, spec: str, source: str, error: Exception) -> ThriftyError:
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 300 else f"{reason[:300].rstrip()}..."
+    if Path(source).is_dir():
+        return ThriftyError(f"{kind} {spec!r} cannot be loaded from {source}: {reason}")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return ThriftyError(
+        f"{kind} {spec!r}: no folder of that name{_hint(Path(spec))}, not {_embedded()}, "
+        f"and not to be had from the hub{' (HF_HUB_OFFLINE is set)' if offline else ''}: {reason}"
+    )
+
+
+def _embedded() -> str:
+    return f"the embedded {' or '.join(map(repr, EMBEDDED))}"
+
+
+def _hint(path: Path) -> str:
+    """The nearest folder beside the one asked for, or the nearest embedded name."""
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    close = nearest(path.name, beside)
+    found = str(path.parent / close) if close else nearest(str(path), EMBEDDED)
+    return f" (did you mean {found!r}?)" if found else ""
