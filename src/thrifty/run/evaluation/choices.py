@@ -116,7 +116,7 @@ def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> list[float]:
         model(**batch)
     finally:
         handle.remove()
-    (output,) = outputs
+    output = outputs[0]  # later calls are the stub that the head runs behind
     hidden_BTD = output.last_hidden_state[:, -targets_BT.shape[1] :]  # virtual prompt tokens stand before
     losses = []
     for hidden_TD, targets_T in zip(hidden_BTD, targets_BT):
