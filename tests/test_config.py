@@ -167,7 +167,7 @@ MISTAKES = {
     "output_dir: 2024": "run.yaml:3: output_dir must be a text, not 2024; put it in quotes: '2024'",
     "output_dir: [a]": "run.yaml:3: output_dir must be a text, not ['a']",
     "eval:\n  exact_mach: 3": "run.yaml:4: unknown key 'eval.exact_mach'; did you mean 'eval.exact_match'?",
-    "eval:\n  exact_match: true": "run.yaml:4: eval.exact_match must be an integer, not True",
+    "eval:\n  exact_match: all": "run.yaml:4: eval.exact_match must be an integer or true or false, not 'all'",
     "eval: {choices: [a, a]}": "run.yaml:3: eval.choices must name at least two different options",
     "eval: true": "run.yaml:3: eval must be a mapping such as {loss: true, exact_match: 200}, not True",
     "model: other": "run.yaml:3: 'model' is given twice (first at",

@@ -114,7 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         top = parser()
         _check_verb(words, top)
-        parsed, rest = top.parse_known_args(words)
+        try:
+            parsed, rest = top.parse_known_args(words)
+        except SystemExit:  # after --help and --version
+            sys.stdout.flush()
+            raise
         # argparse fills `key=value ...` at the first place it meets only; those behind an option come here.
         more = [word for word in rest if not word.startswith("-")] if hasattr(parsed, "settings") else []
         if unknown := [word for word in rest if word not in more]:
@@ -129,13 +133,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("stopped", 130)
     except BrokenPipeError:
-        # The reader of our output has gone (`thrifty methods | head -1`); nothing is left to say or to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # its reader has gone (`thrifty methods | head -1`): there is nobody to tell
         return 141
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
-        return _say(f"{error.filename or 'writing'}: {_MENDABLE[error.errno]}", 2)
+        if error.filename is None:
+            _drop_output()
+        return _say(f"{error.filename or 'output'}: {_MENDABLE[error.errno]}", 2)
+
+
+def _drop_output() -> None:
+    """Python flushes standard output once more at exit, and would complain again about what cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_verb(words: list[str], top: argparse.ArgumentParser) -> None:

@@ -58,7 +58,7 @@ def environment() -> str:
 
     import thrifty
 
-    from .model import cache_folder
+    from .embedded import cache_folder
 
     lines = [f"thrifty {thrifty.__version__} ({Path(thrifty.__file__).parent})"]
     lines.append(f"python {platform.python_version()} on {platform.platform()}")

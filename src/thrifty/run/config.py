@@ -37,8 +37,8 @@ class EvalConfig:
     """What is measured on `data.eval` after training (and before, if `before`)."""
 
     loss: bool = True
-    exact_match: int = 0  # rows to answer greedily; 0: none
-    choice: int = 0  # rows to choose an option for; 0: none
+    exact_match: int | bool = 0  # rows to answer greedily; 0: none, true: all
+    choice: int | bool = 0  # rows to choose an option for; 0: none, true: all
     choices: list[str] | None = None
     forgetting: str | None = None  # a plain text file
     before: bool = False

@@ -12,6 +12,7 @@ from thrifty.core.errors import ThriftyError
 from thrifty.data.template import PLAIN_TEMPLATE
 from thrifty.delta import Delta
 
+from .embedded import no_progress_bars
 from .files import disk_errors, new_folder
 from .folder import locate
 from .model import load_model, load_tokenizer, resolve
@@ -41,13 +42,15 @@ def export(source: str, *, output: str, base: str | None = None, dtype: str | No
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     model = Delta.load(place.delta).apply(model)
     if dtype is not None:
-        model = model.to(getattr(torch, dtype))
+        for parameter in model.parameters():  # not `model.to`: it would round rotary tables, which loading keeps exact
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE  # the form in which conversations were trained
     expected = _logits(model)
     kept, model_class = next(model.parameters()).dtype, type(model).__name__
-    with disk_errors(f"the checkpoint {target}", fix="free space and export again"), new_folder(target) as folder:
+    written = disk_errors(f"the checkpoint {target}", fix="free space and export again")
+    with no_progress_bars(), written, new_folder(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         del model  # never two models in memory

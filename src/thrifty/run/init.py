@@ -41,8 +41,8 @@ gradient_checkpointing: false     # true: less memory, more time
 
 eval:                    # each is optional; numbers are rows
   loss: true             # loss on data.eval
-  exact_match: 0         # rows of data.eval answered greedily and compared with the reference
-  choice: 0              # rows of data.eval for which the likeliest option is chosen
+  exact_match: 0         # rows of data.eval answered greedily and compared with the reference; true: all
+  choice: 0              # rows of data.eval for which the likeliest option is chosen; true: all
   choices: null          # the options, where rows name none: [yes, no]
   forgetting: null       # a plain text file: the loss on it tells what was unlearned
   before: false          # true: measure before training too

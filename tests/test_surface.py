@@ -1,0 +1,90 @@
+"""What users build on: names, verbs, options and keys. A change here changes them for everyone, on purpose."""
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+import thrifty
+from thrifty.cli.main import parser
+from thrifty.run.config import DataConfig, EvalConfig, RunConfig
+
+NAMES = ["Budget", "Delta", "Method", "Plan", "attach", "methods", "train"]
+VERBS = {
+    "demo": ["settings"],
+    "init": ["--data", "--eval", "--model", "file"],
+    "train": ["settings"],
+    "eval": ["--delta", "model", "settings"],
+    "export": ["--base", "--dtype", "--output", "source"],
+    "chat": ["--delta", "--system", "model", "settings"],
+    "methods": ["name"],
+    "env": [],
+}
+KEYS = [
+    "model",
+    "tokenizer",
+    "dtype",
+    "trust_remote_code",
+    "data",
+    "method",
+    "budget",
+    "probe_rows",
+    "probe_units",
+    "eval",
+    "output_dir",
+    "max_length",
+    "resume_from_checkpoint",
+    "early_stopping_patience",
+    "report_to",
+    "training",
+]
+EVAL_KEYS = ["loss", "exact_match", "choice", "choices", "forgetting", "before", "batch_size", "max_new_tokens"]
+
+
+def test_public_names() -> None:
+    assert thrifty.__all__ == NAMES
+    assert len(NAMES) <= 12
+    for name in NAMES:
+        assert callable(getattr(thrifty, name))
+        assert (getattr(thrifty, name).__doc__ or "").strip(), name
+    assert sorted(thrifty.methods()) == ["full", "peft", "random_blocks", "smt"]
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = thrifty.trian
+
+
+def test_verbs_and_options() -> None:
+    (action,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    found = {
+        verb: sorted(a.option_strings[-1] if a.option_strings else a.dest for a in sub._actions if a.dest != "help")
+        for verb, sub in action.choices.items()
+    }
+    assert found == VERBS
+
+
+def test_keys_of_a_run_file() -> None:
+    assert [item.name for item in dataclasses.fields(RunConfig)] == KEYS
+    assert [item.name for item in dataclasses.fields(EvalConfig)] == EVAL_KEYS
+    assert [item.name for item in dataclasses.fields(DataConfig)] == ["train", "eval"]
+
+
+LIGHT = """
+import sys
+import thrifty, thrifty.cli.main
+dir(thrifty)
+for words in (["--help"], ["train", "--help"], ["--version"]):
+    try:
+        thrifty.cli.main.main(words)
+    except SystemExit as end:
+        assert end.code == 0, end.code
+assert thrifty.cli.main.main(["trian"]) == 2
+heavy = {"torch", "transformers", "numpy", "yaml", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_import_and_help_are_light() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: thrifty" in done.stdout
