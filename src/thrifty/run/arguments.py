@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_tensorboard_available
 
 from thrifty.core.errors import ThriftyError, unknown
 
@@ -22,7 +22,7 @@ _TRACKERS = ("tensorboard", "trackio")
 
 
 def with_defaults(config: RunConfig) -> RunConfig:
-    """`config` with thrifty's defaults of TrainingArguments and the evaluation schedule filled in, as `run.yaml` has it."""
+    """`config` with thrifty's own defaults and the evaluation schedule filled in, as `run.yaml` has it."""
     given = dict(config.training)
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in given:
@@ -82,6 +82,8 @@ def _check_schedule(config: RunConfig) -> None:
         raise ThriftyError("early_stopping_patience needs evaluations while training: give eval_steps (eval_steps=50)")
     if evaluates and not config.data.eval:
         raise ThriftyError("eval_steps needs data.eval: rows to evaluate on")
+    if config.training.get("eval_on_start"):
+        raise ThriftyError("eval_on_start is not to be set: eval.before measures the model before training")
     if keeps_best(config):
         if not evaluates:
             raise ThriftyError("load_best_model_at_end needs evaluations while training (eval_steps=50)")
@@ -95,12 +97,6 @@ def _trackers(report_to: Any) -> list[str]:
     for name in wanted:
         if name not in _TRACKERS:
             raise ThriftyError(f"report_to: {unknown('tracker', name, ['none', *_TRACKERS])}")
-        if not (is_tensorboard_available() if name == "tensorboard" else _has_trackio()):
+        if find_spec(name) is None:
             raise ThriftyError(f"report_to: {name} is not installed: pip install 'thrifty[report]', or report_to=none")
     return wanted
-
-
-def _has_trackio() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("trackio") is not None

@@ -72,6 +72,7 @@ def new_folder(final: Path, *, marker: str | None = None) -> Iterator[Path]:
         yield partial
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         for path in files:
+            path.chmod(0o644)  # safetensors leaves its files to their owner alone
             sync(path)
         if marker is not None:
             write_json(partial / marker, {str(path.relative_to(partial)): path.stat().st_size for path in files})

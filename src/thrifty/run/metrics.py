@@ -33,15 +33,16 @@ class MetricsFile:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one line. ThriftyError on a full disk, with the line undone."""
-        with disk_errors(str(self.path), fix="free space and go on with resume_from_checkpoint=auto"):
-            with open(self.path, "ab") as file:
-                before = file.tell()
-                try:
-                    file.write((json.dumps(entry) + "\n").encode())
-                    file.flush()
-                except OSError:
-                    os.truncate(self.path, before)
-                    raise
+        fix = "free space and go on with resume_from_checkpoint=auto"
+        line = (json.dumps(entry) + "\n").encode()
+        with disk_errors(str(self.path), fix=fix), open(self.path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(before)
+                raise
 
     def sync(self) -> None:
         """To disk: a checkpoint that follows counts on these lines."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from thrifty.update.tuning import Tuning, attach_with
 
 from .arguments import keeps_best, training_arguments, with_defaults
 from .checkpoint import Checkpoint, claim, find_checkpoint, refuse_changes, remove_later
-from .config import RunConfig, load_config
+from .config import EvalConfig, RunConfig, load_config
 from .display import Display
 from .evaluate import evaluate
 from .files import disk_errors, remove_leftovers, write_json, write_text
@@ -91,9 +91,11 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
         refuse_changes(checkpoint, config=config.to_dict(), fingerprints=record["fingerprints"])
         record |= {key: checkpoint.record()[key] for key in ("before", "probe_seconds", "peak_memory_bytes")}
         console.print(f"resuming at step {checkpoint.step} from {checkpoint.folder}", highlight=False, soft_wrap=True)
-    measure = partial(evaluate, tokenizer=tokenizer, examples=rows.examples, config=config.eval)
+    measure = partial(evaluate, tokenizer=tokenizer, examples=rows.examples, max_length=config.max_length)
     if checkpoint is None and config.eval.before:
-        record["before"] = measure(model)
+        record["before"] = measure(model, config=config.eval)
+    else:
+        measure(model, config=_first_row(config.eval))
 
     tuning, trainer = _train(
         config, args, model=model, rows=rows, tokenizer=tokenizer, record=record, checkpoint=checkpoint, console=console
@@ -103,7 +105,10 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
         with disk_errors(str(output / "delta"), fix=_GO_ON):
             delta.save(output / "delta")
     model = _finish(tuning, trainer)
-    summary = make_summary(config, tuning=tuning, trainer=trainer, report=rows.report, after=measure(model))
+    answers = output / "answers.jsonl" if args.should_save else None
+    with disk_errors(str(answers), fix=_GO_ON):
+        after = measure(model, config=config.eval, answers_file=answers)
+    summary = make_summary(config, tuning=tuning, trainer=trainer, report=rows.report, after=after)
     if args.should_save:
         with disk_errors(str(output / "summary.json"), fix=_GO_ON):
             write_json(output / "summary.json", summary)
@@ -141,6 +146,15 @@ def _describe(report: DataReport, *, max_length: int) -> str:
     if report.rows_without_labels:
         text += f"; {report.rows_without_labels:,} rows have no answer left"
     return text
+
+
+def _first_row(config: EvalConfig) -> EvalConfig:
+    """One answer and one choice: what cannot be measured fails before training, not after it."""
+    if config.forgetting is not None and not Path(config.forgetting).is_file():
+        raise ThriftyError(f"eval.forgetting: there is no file {config.forgetting!r}")
+    return replace(
+        config, loss=False, exact_match=min(1, config.exact_match), choice=min(1, config.choice), forgetting=None
+    )
 
 
 def _record(config: RunConfig, model: nn.Module, rows: _Rows) -> dict[str, Any]:
@@ -185,14 +199,13 @@ def _train(
         )
         console.print(f"{tuning.method.name}: {tuning.plan}", highlight=False, markup=False, soft_wrap=True)
         record.setdefault("probe_seconds", tuning.probe_seconds)
-        _begin_folder(config, args, checkpoint=checkpoint)
         trainer = ThriftyTrainer(
             tuning=tuning,
             args=args,
             rows=rows.train,
             eval_rows=rows.eval,
             collate=collator,
-            metrics=MetricsFile(Path(args.output_dir) / "metrics.jsonl", step=checkpoint.step if checkpoint else 0),
+            metrics=_begin_folder(config, args, checkpoint=checkpoint),
             clock=Clock(tuning.probe_seconds if checkpoint is None else checkpoint.record()["train_seconds"]),
             meter=meter,
             record=record,
@@ -219,21 +232,24 @@ def _stopped(output: Path) -> str:
     return f"stopped: {last.folder} is whole; resume_from_checkpoint=auto goes on from there"
 
 
-def _begin_folder(config: RunConfig, args: TrainingArguments, *, checkpoint: Checkpoint | None) -> None:
+def _begin_folder(config: RunConfig, args: TrainingArguments, *, checkpoint: Checkpoint | None) -> MetricsFile | None:
+    """Make the folder ready for the steps after `checkpoint`; only the main process writes."""
     output = Path(args.output_dir)
     if args.should_save:
         with disk_errors(str(output), fix="free space"):
             remove_leftovers(output)
             write_text(output / "run.yaml", config.to_yaml())
             (output / "summary.json").unlink(missing_ok=True)  # of the shorter run that is now continued
-        if checkpoint is not None:
-            remove_later(output, step=checkpoint.step)
+            if checkpoint is not None:
+                remove_later(output, step=checkpoint.step)
+            return MetricsFile(output / "metrics.jsonl", step=checkpoint.step if checkpoint else 0)
+    return None
 
 
 def _finish(tuning: Tuning | PeerTuning, trainer: ThriftyTrainer) -> nn.Module:
     """The plain model, ready to answer: no loss, no checkpointing, no autocast left on it."""
     if trainer.args.activation_checkpointing:
-        tuning.model.gradient_checkpointing_disable()
+        tuning.model.activation_checkpointing_disable()
     trainer.unwrap()
     model = tuning.finish()
     uninstall(model)

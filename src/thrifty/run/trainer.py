@@ -49,7 +49,7 @@ class ThriftyTrainer(Trainer):
         rows: Sequence[Row],
         eval_rows: Sequence[Row] | None,
         collate: Callable[[Sequence[Row]], dict[str, Tensor]],
-        metrics: MetricsFile,
+        metrics: MetricsFile | None,
         clock: Clock,
         meter: MemoryMeter,
         record: Mapping[str, Any],
@@ -177,10 +177,10 @@ class ThriftyTrainer(Trainer):
         if better:
             self.state.best_metric = metrics["eval_loss"]
             self.state.best_global_step = self.state.global_step
-            if self.args.save_strategy != SaveStrategy.NO:
-                self.control.should_save = True  # whatever save_steps says: the best is always kept
         if self._out_of_patience():
             self.control.should_training_stop = True
+        if (better or self.control.should_training_stop) and self.args.save_strategy != SaveStrategy.NO:
+            self.control.should_save = True  # whatever save_steps says: the best and the last are always kept
         return better
 
     def _out_of_patience(self) -> bool:
@@ -208,7 +208,7 @@ class ThriftyTrainer(Trainer):
         logs["epoch"] = round(self.state.epoch or 0.0, 6)
         entry = {"step": self.state.global_step, **logs}
         self.state.log_history.append(entry)
-        if self.args.should_save:
+        if self.metrics is not None:
             self.metrics.append(entry)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
@@ -234,7 +234,7 @@ class ThriftyTrainer(Trainer):
             if self.accelerator.scaler is not None:
                 states["scaler"] = self.accelerator.scaler.state_dict()
             values = self.tuning.state()
-            if self.args.should_save:
+            if self.metrics is not None:
                 self.metrics.sync()
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 write_checkpoint(
