@@ -19,6 +19,7 @@ from thrifty.data.encode import (
 )
 from thrifty.data.shapes import Example, answer, options, with_answer
 from thrifty.data.source import Source, load
+from thrifty.data.template import chat_template
 from thrifty.data.units import units
 from thrifty.data.windows import windows
 
@@ -29,6 +30,7 @@ __all__ = [
     "Source",
     "answer",
     "chat_prompt",
+    "chat_template",
     "check_vocabulary",
     "collate",
     "encode",

@@ -55,7 +55,7 @@ class Example:
 def to_example(row: Any, *, origin: str, columns: Mapping[str, str] | None = None) -> Example:
     """`row` as an example. Raises `ThriftyError` with `origin`, the field, and what would be accepted."""
     if not isinstance(row, Mapping):
-        raise ThriftyError(f"{origin}: the row is a {_kind(row)}, not an object with named fields; {ACCEPTED}")
+        raise ThriftyError(f"{origin}: the row is {_kind(row)}, not an object with named fields; {ACCEPTED}")
     fields = _renamed(row, origin=origin, columns=columns or {})
     shape = _shape_of(fields, origin=origin, preferred=columns or {})
     tools = _tools(fields, origin)
@@ -68,7 +68,7 @@ def to_example(row: Any, *, origin: str, columns: Mapping[str, str] | None = Non
     if shape == "instruction":
         request, extra = _text(fields, "instruction", origin), fields.get("input")
         if extra is not None and not isinstance(extra, str):
-            raise ThriftyError(f"{origin}: field 'input' is a {_kind(extra)}, not text; {ACCEPTED}")
+            raise ThriftyError(f"{origin}: field 'input' is {_kind(extra)}, not text; {ACCEPTED}")
         content = f"{request}\n\n{extra}" if extra and extra.strip() else request
         messages = [_user(content), _assistant(_text(fields, "output", origin))]
     else:
@@ -101,8 +101,15 @@ def options(example: Example) -> list[str] | None:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "text", bool: "truth value", int: "number", float: "number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
 def _user(content: str) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def _shape_of(fields: Mapping[str, Any], *, origin: str, preferred: Mapping[str,
 def _text(fields: Mapping[str, Any], name: str, origin: str) -> str:
     value = fields[name]
     if not isinstance(value, str):
-        raise ThriftyError(f"{origin}: field {name!r} is a {_kind(value)}, not text; {ACCEPTED}")
+        raise ThriftyError(f"{origin}: field {name!r} is {_kind(value)}, not text; {ACCEPTED}")
     if not value.strip():
         raise ThriftyError(f"{origin}: field {name!r} is empty; fill it in or leave the row out")
     _check_characters(value, name, origin)
@@ -198,19 +205,19 @@ def _messages(value: Any, *, name: str, origin: str) -> list[dict[str, Any]]:
 def _message_list(value: Any, *, name: str, origin: str) -> list[dict[str, Any]]:
     value = _parsed(value, name=name, origin=origin)
     if not isinstance(value, list) or not value:
-        what = "an empty list" if value == [] else f"a {_kind(value)}"
+        what = "an empty list" if value == [] else _kind(value)
         raise ThriftyError(f'{origin}: field {name!r} is {what}, not a list of {{"role", "content"}} messages')
     return [_message(message, at=f"{name}[{i}]", origin=origin) for i, message in enumerate(value)]
 
 
 def _message(value: Any, *, at: str, origin: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ThriftyError(f'{origin}: field {at!r} is a {_kind(value)}, not a {{"role", "content"}} message')
+        raise ThriftyError(f'{origin}: field {at!r} is {_kind(value)}, not a {{"role", "content"}} message')
     key, content_key = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
     role, content = value.get(key), value.get(content_key)
     role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        said = unknown("role", role, (*ROLES, *_SHAREGPT)) if isinstance(role, str) else f"{key!r} is a {_kind(role)}"
+        said = unknown("role", role, (*ROLES, *_SHAREGPT)) if isinstance(role, str) else f"{key!r} is {_kind(role)}"
         raise ThriftyError(f"{origin}: field '{at}.{key}': {said}")
     calls = value.get("tool_calls")
     if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
@@ -218,7 +225,7 @@ def _message(value: Any, *, at: str, origin: str) -> dict[str, Any]:
     if content is None and role == "assistant" and calls:
         content = ""
     if not isinstance(content, str):
-        raise ThriftyError(f"{origin}: field '{at}.{content_key}' is a {_kind(content)}, not text")
+        raise ThriftyError(f"{origin}: field '{at}.{content_key}' is {_kind(content)}, not text")
     _check_characters(content, f"{at}.{content_key}", origin)
     if role == "assistant" and not content.strip() and not calls:
         raise ThriftyError(f"{origin}: a row without an answer: field '{at}.{content_key}' is empty")
@@ -231,7 +238,7 @@ def _message(value: Any, *, at: str, origin: str) -> dict[str, Any]:
 def _call(call: Any, *, at: str, origin: str) -> dict[str, Any]:
     """A tool call with its arguments as an object: given as text, templates would write them as JSON a second time."""
     if not isinstance(call, Mapping):
-        raise ThriftyError(f"{origin}: field {at!r} holds a {_kind(call)}, not an object")
+        raise ThriftyError(f"{origin}: field {at!r} holds {_kind(call)}, not an object")
     function = call.get("function", call)
     arguments = function.get("arguments") if isinstance(function, Mapping) else None
     if not isinstance(arguments, str):

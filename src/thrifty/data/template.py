@@ -5,6 +5,7 @@ Only positions in the text are found here; `encode` turns them into tokens.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,9 +18,9 @@ from thrifty.core.errors import ThriftyError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PLAIN_TEMPLATE", "Renderer", "Span"]
+__all__ = ["PLAIN_TEMPLATE", "Renderer", "Span", "chat_template"]
 
-# For tokenizers without a chat template:
+# For tokenizers without a chat template (behind the start token, where the tokenizer puts one before every text):
 #     <system text>
 #
 #     User: <request>
@@ -48,6 +49,14 @@ class Span:
     start: int
     content_end: int | None
     end: int
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template by which conversations without tools are written: the tokenizer's own, or the plain form.
+
+    Set it on a tokenizer without one before saving that, so that others write what was trained.
+    """
+    return Renderer(tokenizer).source(None)
 
 
 @dataclass
@@ -92,10 +101,11 @@ class Renderer:
 
     def source(self, tools: list[Any] | None) -> str:
         """The template's text."""
-        if not self.has_template:
-            assert self.end_id >= 0
-            return PLAIN_TEMPLATE
         key = bool(tools)
+        if not self.has_template and key not in self._sources:
+            assert self.end_id >= 0
+            start = json.dumps(self.tokenizer.decode(self.prefix), ensure_ascii=False)
+            self._sources[key] = f"{{{{ {start} }}}}{PLAIN_TEMPLATE}" if self.prefix else PLAIN_TEMPLATE
         if key not in self._sources:
             self._sources[key] = self.tokenizer.get_chat_template(None, tools or None)
         return self._sources[key]
@@ -126,7 +136,8 @@ class Renderer:
                 tokenize=False,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise ThriftyError(f"the chat template refuses the conversation: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ThriftyError(f"the chat template refuses the conversation: {reason}") from error
 
     def answers(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, first: int = 0

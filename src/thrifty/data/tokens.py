@@ -43,7 +43,7 @@ def write(example: Example, renderer: Renderer) -> Written:
         if marked is not None:
             return marked
         text, spans = renderer.answers(example.messages, example.tools, first=example.answers_from)
-        return Written(text, spans, automatic=not renderer.has_template)
+        return Written(text, spans, automatic=False)
     prompt = example.prompt or ""
     text = example.text if example.text is not None else prompt + (example.completion or "")
     # Texts that carry their own start token (a template written out beforehand) must not get a second one.
@@ -169,9 +169,13 @@ def _slow_offsets(text: str, tokenizer: Any) -> _Tokens:
             "this tokenizer gives no character offsets, and its decoding does not give the text back, so answers "
             "cannot be told from prompts; use a fast tokenizer"
         )
-    # A character of several tokens decodes to a substitute until its last token; the common prefix is what is certain.
+    # What a character's first tokens decode to is not in the text until its last one comes: all of them stand for it.
     ends = [len(_common(part, text)) for part in decoded]
-    return ids, list(zip([0, *ends[:-1]], ends))
+    offsets = list(zip([0, *ends[:-1]], ends))
+    for k in range(len(offsets) - 2, -1, -1):
+        if offsets[k][0] == offsets[k][1]:
+            offsets[k] = (offsets[k][0], offsets[k + 1][1])
+    return ids, offsets
 
 
 def _common(part: str, text: str) -> str:
