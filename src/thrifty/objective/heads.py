@@ -52,15 +52,22 @@ def is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
 def own_logits(forward: Callable[..., Any], trunk: nn.Module, output: type, hidden_TD: Tensor) -> Tensor:
     """Logits `[T, V]` for given hidden states, with everything that a model's own `forward` does to its head's output.
 
-    `forward` runs with `trunk` stubbed: in its place an `output` that holds `hidden_TD` is returned.
+    `forward` runs with `trunk` stubbed: in its place an `output` that holds `hidden_TD` is returned. RuntimeError where
+    `forward` does not call `trunk`.
     """
 
+    stubbed = False
+
     def stub(*_: Any, **__: Any) -> Any:
+        nonlocal stubbed
+        stubbed = True
         return output(last_hidden_state=hidden_TD.unsqueeze(0))
 
     ids_1T = torch.zeros(1, hidden_TD.shape[0], dtype=torch.long, device=hidden_TD.device)
     with _replaced_forward(trunk, stub):
         logits_1TV: Tensor = forward(input_ids=ids_1T, use_cache=False).logits
+    if not stubbed:
+        raise RuntimeError(f"the model reads its hidden states past {type(trunk).__name__}")
     return logits_1TV.squeeze(0)
 
 

@@ -158,7 +158,7 @@ def _summed_loss(self: PreTrainedModel, record: _Record, output: Any, targets: T
     hidden_ND, labels_N = hidden_TD.index_select(0, kept_N), labels_T.index_select(0, kept_N)
     chunk = chunk_rows(int(self.config.get_text_config().vocab_size))
     losses = [
-        checkpoint(chunk_loss, h_cD, labels_c, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(chunk_loss, h_cD, labels_c, use_reentrant=False)
         for h_cD, labels_c in zip(hidden_ND.split(chunk), labels_N.split(chunk))
     ]
     return torch.stack(losses).sum()

@@ -88,22 +88,34 @@ def _prove(model: nn.Module, target: PreTrainedModel, batch: Mapping[str, Tensor
 def _candidate(
     target: PreTrainedModel, trunk: str, head: str, batch: Mapping[str, Tensor], tolerance: float
 ) -> LossPlan:
-    linear = target.get_submodule(head)
+    """The plan for one trunk. RuntimeError where its hidden states do not lead to the model's logits."""
+    module, linear = target.get_submodule(trunk), target.get_submodule(head)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits_TV = target(**inputs).logits.flatten(0, 1)
+    output = module(use_cache=False, **inputs)
+    hidden_TD = output.last_hidden_state.flatten(0, 1)
+    difference = _difference(own_logits(target.forward, module, type(output), hidden_TD), logits_TV)
+    if not difference <= 2 * tolerance:
+        raise RuntimeError(f"its hidden states give other logits than the model (by up to {difference:.0%})")
+
     if not is_plain(linear):
         reason = f"the head is a {type(linear).__name__}, not a plain linear layer: it runs itself, in chunks"
         return LossPlan(path="own_head", reason=reason, trunk=trunk, head=head)
     weight_VD = linear.weight
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    output = type(target.get_submodule(trunk)(use_cache=False, **inputs))
-    noise_TD = torch.randn(8, weight_VD.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_VD.device)
-    hidden_TD = (noise_TD * _PROBE_LOGITS / weight_VD[:64].float().norm(dim=1).mean()).to(weight_VD.dtype)
-    own_TV = own_logits(target.forward, target.get_submodule(trunk), output, hidden_TD).float()
-    plain_TV = F.linear(hidden_TD, weight_VD, linear.bias).float()
-    difference = float((plain_TV - own_TV).abs().max() / torch.maximum(plain_TV.abs(), own_TV.abs()).max())
+    noise_TD = torch.randn(8, hidden_TD.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_VD.device)
+    large_TD = (noise_TD * _PROBE_LOGITS / weight_VD[:64].float().norm(dim=1).mean()).to(weight_VD.dtype)
+    own_TV = own_logits(target.forward, module, type(output), large_TD)
+    fits = large_TD.shape[1] == weight_VD.shape[1]
+    difference = _difference(F.linear(large_TD, weight_VD, linear.bias), own_TV) if fits else 1.0
     if difference <= 2 * tolerance:
         return LossPlan(path="plain_head", reason="the logits are the head's, unchanged", trunk=trunk, head=head)
-    reason = f"the model changes its head's logits (by up to {difference:.0%}): its own head runs, in chunks"
+    reason = f"the model changes its head's input or logits (by up to {difference:.0%}): its own head runs, in chunks"
     return LossPlan(path="own_head", reason=reason, trunk=trunk, head=head)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    one, other = one.float(), other.float()
+    return float((one - other).abs().max() / torch.maximum(one.abs(), other.abs()).max())
 
 
 def _probe_batch(model: PreTrainedModel, sample: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
