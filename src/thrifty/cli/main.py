@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -111,6 +113,11 @@ def _settings(sub: argparse.ArgumentParser, summary: str, *, count: str = "*") -
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0; 2 where the user must mend something (one line on stderr); 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries, to whoever writes code; `python -W` shows them
+    notes = logging.StreamHandler()  # standard error, so that what a verb prints can be piped
+    logging.getLogger("thrifty").setLevel(logging.INFO)
+    logging.getLogger("thrifty").addHandler(notes)
     try:
         top = parser()
         _check_verb(words, top)
@@ -141,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             _drop_output()
         return _say(f"{error.filename or 'output'}: {_MENDABLE[error.errno]}", 2)
+    finally:
+        logging.getLogger("thrifty").removeHandler(notes)
 
 
 def _drop_output() -> None:
