@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +19,7 @@ from thrifty.objective.heads import unwrapped
 
 from .config import EvalConfig, RunConfig
 from .evaluation import Answered, answer_all, choose, evaluating, file_loss, mean_loss, option_lists, questions
+from .files import write_text
 from .model import load_model, load_tokenizer
 
 __all__ = ["evaluate", "run_eval"]
@@ -59,7 +62,7 @@ def evaluate(
             )
             scores["exact_match"] = sum(a.correct for a in answered) / len(answered)
             if answers_file is not None:
-                write_answers(answered, answers_file)
+                _write_answers(answered, Path(answers_file))
         if config.choice:
             picked = _first(examples, config.choice, "choice")
             texts = option_lists(picked, given=config.choices, among=examples)
@@ -81,32 +84,25 @@ def _first(examples: Sequence[T], rows: int | bool, name: str) -> Sequence[T]:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return int(unwrapped(model).get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    return int(unwrapped(model).get_input_embeddings().weight.shape[0])
 
 
-def write_answers(answered: Sequence[Answered], path: str | Path) -> None:
-    """One JSON object a line: question, answer, reference, correct."""
-    lines = [
-        json.dumps(
-            {"question": a.question, "answer": a.answer, "reference": a.reference, "correct": a.correct},
-            ensure_ascii=False,
-        )
-        for a in answered
-    ]
-    Path(path).write_text("\n".join([*lines, ""]), encoding="utf-8")
+def _write_answers(answered: Sequence[Answered], file: Path) -> None:
+    lines = [json.dumps({**dataclasses.asdict(a), "correct": a.correct}, ensure_ascii=False) + "\n" for a in answered]
+    write_text(file, "".join(lines))
 
 
 def run_eval(model: str, *, delta: str | None, config: RunConfig) -> dict[str, float]:
     """Load a model (an embedded name, a folder, a hub id), put `delta` on it, and evaluate it as `config` says.
 
-    The answers go to standard places only in a training run; here only the scores are returned.
+    On the accelerator where there is one. Nothing is written.
     """
     if not config.data.eval and not config.eval.forgetting:
         raise ThriftyError("nothing to measure: give data.eval=rows.jsonl, or eval.forgetting=text.txt")
     examples = load(config.data.eval, seed=config.seed) if config.data.eval else []
     tokenizer = load_tokenizer(config.tokenizer or model, trust_remote_code=config.trust_remote_code)
-    loaded = load_model(model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    loaded: nn.Module = load_model(model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=device)
     if delta is not None:
-        applied = Delta.load(delta).apply(loaded)
-        loaded = loaded if applied is None else applied
+        loaded = Delta.load(delta).apply(loaded)
     return evaluate(loaded, tokenizer, examples, config.eval, max_length=config.max_length)
