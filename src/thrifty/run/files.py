@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ def disk_errors(what: str, *, fix: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
+        kernel = re.search(r"([^:]+) \(os error \d+\)", str(error))  # as safetensors words it
+        reason = error.strerror if isinstance(error, OSError) else kernel and kernel[1].strip()
         raise ThriftyError(f"could not write {what}: {reason or error}; {fix}") from error
 
 
