@@ -49,6 +49,8 @@ def _by_module(model: nn.Module, *, embeddings: bool) -> dict[str, Target]:
     """Name of a module (or of a stacked parameter) -> what could be trained there; a tied tensor under each of its
     names."""
     left_out = set() if embeddings else _embeddings(model)
+    # position tables are embeddings too, though no getter returns them
+    classes = (nn.Linear, Conv1D, nn.Embedding) if embeddings else (nn.Linear, Conv1D)
     canonical = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Target] = {}
     for module_name, module in model.named_modules():
@@ -56,7 +58,7 @@ def _by_module(model: nn.Module, *, embeddings: bool) -> dict[str, Target]:
             name = canonical[id(parameter)]
             if id(parameter) in left_out or not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
-            matrix = type(module) in (nn.Linear, Conv1D, nn.Embedding) and key == "weight" and parameter.ndim == 2
+            matrix = type(module) in classes and key == "weight" and parameter.ndim == 2
             if matrix or parameter.ndim == 3:
                 alias = module_name if key == "weight" else f"{module_name}.{key}"
                 found[alias] = Target(name, tuple(parameter.shape), transposed=type(module) is Conv1D)
