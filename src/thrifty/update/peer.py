@@ -105,9 +105,13 @@ class PeerTuning:
 
         touched = {}
         for name, module in self._inner.named_modules():
-            weight = f"{name}.weight"
-            if isinstance(module, BaseTunerLayer) and weight in base:
-                if fingerprint(module.get_base_layer().weight) != base[weight]:
+            if not isinstance(module, BaseTunerLayer):
+                continue
+            # stacked experts are wrapped tensor by tensor, one wrapper around the other
+            key = getattr(module, "parameter_name", "weight")
+            weight = f"{name.replace('.base_layer', '')}.{key}"
+            if weight in base:
+                if fingerprint(getattr(module.get_base_layer(), key)) != base[weight]:
                     raise ThriftyError(
                         f"this PEFT configuration changes the base weight {weight} when it starts: its adapter alone "
                         "would not hold the result: leave its init_* option at the default"
