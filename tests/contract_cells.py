@@ -1,0 +1,158 @@
+"""The contract's table: one row per method, one cell per (method, family, setting), each trained once and then asked.
+
+A new method needs one row in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, batches, build
+from torch import Tensor, nn
+
+from thrifty import attach
+
+__all__ = [
+    "CELLS",
+    "LAYERS",
+    "LENGTH",
+    "METHODS",
+    "ROWS",
+    "SETTINGS",
+    "STEPS",
+    "Cell",
+    "Row",
+    "Trained",
+    "logits",
+    "named",
+    "summed_loss",
+]
+
+LAYERS, LENGTH, ROWS, STEPS = 2, 10, 3, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the table says of a method. `exact`: the trained numbers are the stored weights (else it is a peer, which
+    PEFT merges within `tolerance` of the logits)."""
+
+    method: Any
+    budget: float | None = None
+    probes: bool = False
+    exact: bool = True
+    tolerance: Mapping[str, float] | None = None
+
+    @property
+    def selects(self) -> bool:
+        """Does it choose blocks under a budget?"""
+        return self.budget is not None
+
+
+_LINEAR = r".*\.(q_proj|k_proj|v_proj|c_attn|c_proj|up_proj)"
+_MERGED = {"float32": 5e-5, "float32+bf16": 5e-5, "bfloat16": 0.3}
+METHODS = {
+    # sizes that divide none of 20, 40, 72, 120, so that every matrix has ragged edges
+    "smt": Row(method={"smt": {"block_size": 14}}, budget=0.02, probes=True),
+    "random_blocks": Row(method={"random_blocks": {"block_size": [7, 11]}}, budget=0.02),
+    "full": Row(method="full"),
+    "lora": Row(method={"peft": {"peft_type": "LORA", "r": 2}}, exact=False, tolerance=_MERGED),
+    # PEFT has no DoRA for stacked experts
+    "dora": Row(method={"peft": {"r": 2, "use_dora": True, "target_modules": _LINEAR}}, exact=False, tolerance=_MERGED),
+}
+# what the weights are held in, and the autocast dtype over it
+SETTINGS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "float32+bf16": (torch.float32, torch.bfloat16),
+    "bfloat16": (torch.bfloat16, None),
+}
+CELLS = [(method, family, setting) for method in METHODS for family in FAMILIES for setting in SETTINGS]
+
+
+def named(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters, by the base's names."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The summed next-token loss, written out."""
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    out = out.to(torch.promote_types(out.dtype, torch.float32))
+    return F.cross_entropy(out[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Logits of one fixed batch, in evaluation mode, without autocast."""
+    (batch,) = batches(1, 2, LENGTH, seed=9)
+    training = model.training
+    with torch.no_grad():
+        out = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    model.train(training)
+    return out.detach().clone()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: how to build its model, attach its method, and take its steps."""
+
+    name: str
+    family: str
+    setting: str
+
+    @property
+    def row(self) -> Row:
+        return METHODS[self.name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return SETTINGS[self.setting][0]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The setting's autocast; without one, nothing."""
+        dtype = SETTINGS[self.setting][1]
+        return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def build(self) -> nn.Module:
+        return build(self.family, self.dtype, layers=LAYERS)
+
+    def attach(self, model: nn.Module) -> Any:
+        data = batches(2, ROWS, LENGTH) if self.row.probes else None
+        return attach(model, self.row.method, budget=self.row.budget, batches=data, seed=1)
+
+    def backward(self, model: nn.Module, batch: Mapping[str, Tensor], items: int) -> None:
+        """Accumulate the gradient of the summed loss over `items`."""
+        with self.autocast():
+            loss = summed_loss(model, batch) / items
+        loss.backward()
+
+    def optimizer(self, tuning: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(tuning.parameters(), lr=1e-2, weight_decay=0.01)
+
+    def steps(self, tuning: Any, optimizer: torch.optim.Optimizer, *, first: int = 0, last: int = STEPS) -> None:
+        for batch in batches(STEPS, ROWS, LENGTH, seed=1)[first:last]:
+            optimizer.zero_grad()
+            self.backward(tuning.model, batch, ROWS * LENGTH)
+            optimizer.step()
+
+
+class Trained:
+    """A cell after its steps: attached until `finished` is first read."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell, model = cell, cell.build()
+        self.start = named(model)
+        self.tuning = cell.attach(model)
+        cell.steps(self.tuning, cell.optimizer(self.tuning))
+        self.plan, self.logits, self.delta = self.tuning.plan, logits(self.tuning.model), self.tuning.delta()
+        self.leaves = {name: leaf.detach().clone() for name, leaf in self.tuning.named_leaves().items()}
+        self.attached = {n: p.detach().clone() for n, p in self.tuning.model.named_parameters()}
+
+    @cached_property
+    def finished(self) -> nn.Module:
+        """The model after `finish()`."""
+        return self.tuning.finish()
