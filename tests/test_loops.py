@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import transformers
 from families import batches, build
 from torch import Tensor, nn
@@ -260,3 +261,13 @@ def test_the_python_example_of_the_readme(tmp_path: Path, capsys: pytest.Capture
     assert any(not torch.equal(p, untouched[name]) for name, p in base.named_parameters())
     delta.remove(base)
     assert all(torch.equal(p, untouched[name]) for name, p in base.named_parameters())
+
+
+def test_a_compiled_layer_accumulates_without_compiling_again() -> None:
+    method = {"smt": {"target_modules": ["layers.1.mlp.down_proj"], "block_size": 16}}
+    both = Pair.of(build("llama", torch.float64), method, budget=0.01, batches=DATA[:2])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    both.tuning.model.model.layers[1].mlp.down_proj.compile(backend="aot_eager", fullgraph=True)
+    check_against_twin(both, OPTIMIZERS["adamw_fused"], torch.float64)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -88,7 +88,7 @@ class InPlaceLinear(InPlaceModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         part = self._thrifty["weight"]
         assert isinstance(part, LinearPart)
-        if part.dirty and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and part.dirty:  # in this order: compiled code must not depend on the flag
             part.flush()
         if not torch.is_grad_enabled() or not part.leaf.requires_grad:
             return F.linear(x, self.weight, self.bias)
@@ -101,7 +101,7 @@ class InPlaceConv1D(InPlaceModule, Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         part = self._thrifty["weight"]
         assert isinstance(part, LinearPart)
-        if part.dirty and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and part.dirty:  # in this order: compiled code must not depend on the flag
             part.flush()
         if not torch.is_grad_enabled() or not part.leaf.requires_grad:
             return super().forward(x)
