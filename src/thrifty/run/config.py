@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -268,7 +269,8 @@ class _Reader:
             return value, parse_method(value)
         except ThriftyError as error:
             options = next(iter(value.values())) if isinstance(value, dict) and value else None
-            named = [k for k in options if repr(k) in str(error)] if isinstance(options, dict) else []
+            pairs = options.items() if isinstance(options, dict) else ()
+            named = [key for key, given in pairs if {repr(key), repr(given)} & set(re.findall(r"'[^']*'", str(error)))]
             raise self.fail(".".join(["method", *value, *named[:1]] if named else ["method"]), str(error)) from None
 
     def budget(self) -> Budget:
