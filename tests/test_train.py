@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny_run import configuration, prepare
 from transformers import AutoModelForCausalLM
 
-import thrifty.run.trainer as trainer_module
+import thrifty.run.eval_loss as eval_loss_module
 from thrifty.core.errors import ThriftyError
 from thrifty.core.registry import get
 from thrifty.delta import Delta
@@ -182,7 +182,7 @@ def test_an_evaluation_batch_runs_before_the_first_step(folder: Path, monkeypatc
         raise torch.OutOfMemoryError
 
     steps = []
-    monkeypatch.setattr(trainer_module, "sum_loss", full)
+    monkeypatch.setattr(eval_loss_module, "sum_loss", full)
     monkeypatch.setattr(ThriftyTrainer, "training_step", lambda *args, **kwargs: steps.append(1))
     with pytest.raises(ThriftyError, match=r"evaluation batch of 8 rows .* lower per_device_eval_batch_size \(now 8\)"):
         train(configuration(folder, eval_steps=5))

@@ -249,9 +249,10 @@ def _begin_folder(config: RunConfig, args: TrainingArguments, *, checkpoint: Che
 def _finish(tuning: Tuning | PeerTuning, trainer: ThriftyTrainer) -> nn.Module:
     """The plain model, ready to answer: no loss, no checkpointing, no autocast left on it."""
     if trainer.args.activation_checkpointing:
-        tuning.model.activation_checkpointing_disable()
+        trainer.model.activation_checkpointing_disable()
     trainer.unwrap()
-    model = tuning.finish()
+    model: Any = tuning.finish()
     uninstall(model)
     model.config.use_cache = trainer.used_cache
-    return model.eval()
+    plain: nn.Module = model.eval()
+    return plain

@@ -10,19 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from thrifty.core.errors import ThriftyError
 from thrifty.objective.heads import unwrapped
-from thrifty.objective.next_token import installed_plan, sum_loss
+from thrifty.objective.next_token import installed_plan
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning
 
 from .checkpoint import Checkpoint, remove_old, write_checkpoint
+from .eval_loss import EvalLoss
 from .guards import Guards
 from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
@@ -31,7 +31,7 @@ from .state import load_optimizer_state, optimizer_state, random_state, set_rand
 
 __all__ = ["Row", "ThriftyTrainer"]
 
-Row = Mapping[str, list[int]]  # input_ids and labels
+Row = dict[str, list[int]]  # input_ids and labels
 
 
 class ThriftyTrainer(Trainer):
@@ -40,6 +40,8 @@ class ThriftyTrainer(Trainer):
     `record` goes into every checkpoint beside the clock and the evaluations; `patience` is how many evaluations without
     a lower loss end the run.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -80,8 +82,7 @@ class ThriftyTrainer(Trainer):
         self.patience = patience
         self.save_at_epoch_end = False
         self.in_epoch = False
-        # By length: the largest batch comes first, so that it fails first, and little is padded.
-        self._eval_order = sorted(range(len(eval_rows or ())), key=lambda i: -len(eval_rows[i]["input_ids"]))  # type: ignore[index]
+        self._eval_loss = None if eval_rows is None else EvalLoss(eval_rows, trainer=self)
 
     # Rows and steps
 
@@ -124,49 +125,20 @@ class ThriftyTrainer(Trainer):
 
     # Evaluation
 
-    def _eval_batch(self, number: int) -> tuple[float, int]:
-        """Loss sum and label count of this process's rows of evaluation batch `number`."""
-        size = self.args.per_device_eval_batch_size
-        first = (number * self.args.world_size + self.args.process_index) * size
-        rows = [self.eval_dataset[i] for i in self._eval_order[first : first + size]]
-        if not rows:  # every process runs the same number of forwards
-            row = self.eval_dataset[self._eval_order[-1]]
-            rows = [{**row, "labels": [-100] * len(row["labels"])}]
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                total, count = sum_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
-        except torch.OutOfMemoryError as error:
-            longest = max(len(row["input_ids"]) for row in rows)
-            raise ThriftyError(
-                f"out of memory in an evaluation batch of {len(rows)} rows of {longest} tokens: "
-                f"lower per_device_eval_batch_size (now {size}) or max_length"
-            ) from error
-        return float(total), int(count)
-
-    def _eval_sums(self, batches: int) -> tuple[float, int]:
-        training = self.model.training
-        self.model.eval()
-        sums = [self._eval_batch(number) for number in range(batches)]
-        self.model.train(training)
-        here = torch.tensor([[s for s, _ in sums], [n for _, n in sums]], dtype=torch.float64).sum(1)
-        total, count = self.accelerator.reduce(here.to(self.args.device), reduction="sum").tolist()
-        return total, int(count)
-
     def try_evaluation(self) -> None:
         """Run the largest evaluation batch, so that what does not fit fails before the first step."""
-        if self.eval_dataset is not None and self.args.eval_strategy != "no":
-            self._eval_sums(1)
+        if self._eval_loss is not None and self.args.eval_strategy != "no":
+            self._eval_loss.mean(first_batch_only=True)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per label over the evaluation rows, from running sums."""
-        assert eval_dataset is None or eval_dataset is self.eval_dataset
+        """Mean loss per label over the evaluation rows."""
+        assert self._eval_loss is not None
+        assert eval_dataset is None
         start = time.perf_counter()
         with self.clock.paused():
-            batches = math.ceil(len(self._eval_order) / (self.args.per_device_eval_batch_size * self.args.world_size))
-            total, count = self._eval_sums(batches)
-        metrics = {f"{metric_key_prefix}_loss": total / count, "seconds": time.perf_counter() - start}
+            metrics = {f"{metric_key_prefix}_loss": self._eval_loss.mean(), "seconds": time.perf_counter() - start}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -281,7 +253,7 @@ class ThriftyTrainer(Trainer):
 
     def unwrap(self) -> None:
         """Take accelerate's autocast off the model's forward."""
-        own = vars(self.model)
+        own = self.model.__dict__
         if installed_plan(self.model) is not None and "forward" in own and self.model is not unwrapped(self.model):
             own.pop("forward")
             own.pop("_original_forward", None)
