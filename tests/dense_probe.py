@@ -1,0 +1,80 @@
+"""Plain dense autograd, in plain loops: what the probe and the selector must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["block_scores", "candidates", "greedy", "unit_gradients"]
+
+Batch = Mapping[str, Tensor]
+
+
+def candidates(model: nn.Module) -> dict[str, bool]:
+    """Parameters that all-linear stands for -> is it stored [in, out]?"""
+    embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    found = {}
+    for name, p in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        linear = type(module) in (nn.Linear, Conv1D) or "experts" in name
+        if linear and p.ndim >= 2 and not any(p is e for e in embeddings):
+            found[name] = type(module) is Conv1D
+    return found
+
+
+def unit_gradients(model: nn.Module, batches: Sequence[Batch], *, rows: int = 4) -> list[dict[str, Tensor]]:
+    """The dense gradient of the model's own mean loss on each unit of `rows` rows."""
+    every = [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
+    found = []
+    for start in range(0, len(every), rows):
+        unit = {k: torch.stack([row[k] for row in every[start : start + rows]]) for k in every[0]}
+        model.zero_grad()
+        model(**unit).loss.backward()
+        found.append({n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None})
+    model.zero_grad()
+    return found
+
+
+def _score(score: str, gradients: list[Tensor], weight: Tensor) -> float:
+    units, numbers = len(gradients), weight.numel()
+    if score == "abs_grad":
+        total = sum(float(g.abs().sum()) for g in gradients)
+    elif score == "signed_grad":
+        total = abs(sum(float(g.sum()) for g in gradients))
+    elif score == "squared_grad":
+        total = sum(float((g * g).sum()) for g in gradients)
+    else:
+        total = sum(float((weight * g).abs().sum()) for g in gradients)
+    return total / units / numbers
+
+
+def block_scores(
+    model: nn.Module, units: list[dict[str, Tensor]], *, score: str, size: tuple[int, int], names: Mapping[str, bool]
+) -> list[tuple[float, int, str, tuple[int, ...]]]:
+    """(score, numbers, parameter, block index) of every block of `size` (outputs, inputs)."""
+    found = []
+    for name, transposed in names.items():
+        weight = model.get_parameter(name).detach().double()
+        h, w = (size[1], size[0]) if transposed else size
+        h, w = min(h, weight.shape[-2]), min(w, weight.shape[-1])
+        for expert in range(weight.shape[0]) if weight.ndim == 3 else [None]:
+            lead = () if expert is None else (expert,)
+            for i in range(-(-weight.shape[-2] // h)):
+                for j in range(-(-weight.shape[-1] // w)):
+                    cut = (*lead, slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w))
+                    value = _score(score, [unit[name][cut] for unit in units], weight[cut])
+                    found.append((value, weight[cut].numel(), name, (*lead, i, j)))
+    return found
+
+
+def greedy(blocks: list[tuple[float, int, str, tuple[int, ...]]], ceiling: int) -> dict[str, set[tuple[int, ...]]]:
+    """The best blocks, each taken if it still fits."""
+    chosen: dict[str, set[tuple[int, ...]]] = {}
+    for _, numbers, name, index in sorted(blocks, key=lambda block: -block[0]):
+        if numbers <= ceiling:
+            ceiling -= numbers
+            chosen.setdefault(name, set()).add(index)
+    return chosen
