@@ -87,15 +87,16 @@ def _best_per_matrix(scores: Tensor, sizes: Tensor, matrix: Tensor, ceiling: int
         share = ceiling * int(sizes[here].sum()) // total
         best = here[_best(scores[here], sizes[here], share)]
         kept.append(best)
-        rest = here[~torch.isin(here, best)]
-        if len(rest):
-            following = int(rest[torch.argmax(scores[rest])])
-            extra.append((len(best) > 0, int(sizes[best].sum()) - share, following))
+        extra.append((len(best) > 0, int(sizes[best].sum()) - share, m))
     left = ceiling - sum(int(sizes[k].sum()) for k in kept)
-    for _, _, position in sorted(extra):  # matrices without a block first, then those furthest below their share
-        if int(sizes[position]) <= left:
+    taken = torch.cat(kept)
+    for _, _, m in sorted(extra):  # matrices without a block first, then those furthest below their share
+        fitting = ((matrix == m) & (sizes <= left)).nonzero()[:, 0]
+        fitting = fitting[~torch.isin(fitting, taken)]
+        if len(fitting):
+            position = fitting[torch.argmax(scores[fitting])]
             left -= int(sizes[position])
-            kept.append(torch.tensor([position]))
+            kept.append(position[None])
     return torch.cat(kept)
 
 
