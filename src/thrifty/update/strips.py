@@ -75,7 +75,7 @@ class _Last:
 
 
 _last: list[_Last] = []
-_pending: list[tuple[weakref.ref[Strips], weakref.ref[Strips]]] = []
+_pending: dict[tuple[weakref.ref[Strips], weakref.ref[Strips]], None] = {}  # a set that keeps its order
 
 
 def take(x: Tensor, member: Member, *, dtype: torch.dtype) -> Tensor:
@@ -87,7 +87,7 @@ def take(x: Tensor, member: Member, *, dtype: torch.dtype) -> Tensor:
         if other is strips and strip is not None and last.columns is strips.columns:
             return strip
         if other is not None and other is not strips:
-            _pending.append((weakref.ref(other), weakref.ref(strips)))
+            _pending[weakref.ref(other), weakref.ref(strips)] = None
     strip = take_plain(x, strips.columns.to(x.device), dtype=dtype)
     _last[:] = [_Last(weakref.ref(x), x._version, weakref.ref(strips), strips.columns, weakref.ref(strip), dtype)]
     return strip
