@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,14 +38,26 @@ class PeftAdapter:
         return PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**copy.deepcopy(dict(self.config)))
 
 
-def _unwrap(model: nn.Module) -> None:
-    """Take PEFT's layers off a model on which it failed half-way."""
+def _rewrites_base(config: Any) -> bool:
+    """May this configuration change base weights when it starts (PiSSA, OLoRA, ...)? Only where an init is not the
+    default."""
+    inits = [f for f in dataclasses.fields(config) if f.name.startswith("init_")]
+    return any(getattr(config, f.name) not in (f.default, False, "gaussian") for f in inits)
+
+
+def _unwrap(model: nn.Module, *, required: Mapping[str, bool], kept: Mapping[str, Tensor]) -> None:
+    """Take PEFT's layers off a model on which it failed half-way; `kept` holds weights that it may have rewritten."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):
                 setattr(parent, key, child.get_base_layer())
+    model.__dict__.pop("peft_config", None)
+    for name, p in model.named_parameters():
+        p.requires_grad_(required.get(name, p.requires_grad))
+        if name in kept:
+            p.data.copy_(kept[name])
 
 
 def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed: int) -> PeerTuning:
@@ -57,6 +70,7 @@ def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed
     total = distinct_parameters(model)
     base = {name: fingerprint(p) for name, p in model.named_parameters()}
     config = adapter.build()
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()} if _rewrites_base(config) else {}
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -64,9 +78,7 @@ def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed
         tuning = PeerTuning(wrapped, model, method, config=config, total=total, base=base, required=required)
         tuning.check(budget)
     except Exception as error:
-        _unwrap(model)
-        for name, p in model.named_parameters():
-            p.requires_grad_(required.get(name, p.requires_grad))
+        _unwrap(model, required=required, kept=kept)
         if isinstance(error, ThriftyError) or not isinstance(error, ValueError | TypeError):
             raise
         raise ThriftyError(f"PEFT refuses this {adapter.peft_type} configuration: {error}") from error
