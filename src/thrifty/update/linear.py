@@ -82,21 +82,8 @@ class LinearPart(Part):
         self.member.enlist()
 
 
-class InPlaceLinear(InPlaceModule, nn.Linear):
-    """`nn.Linear` with blocks of its weight trained in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        part = self._thrifty["weight"]
-        assert isinstance(part, LinearPart)
-        if not torch.compiler.is_compiling() and part.dirty:  # in this order: compiled code must not depend on the flag
-            part.flush()
-        if not torch.is_grad_enabled() or not part.leaf.requires_grad:
-            return F.linear(x, self.weight, self.bias)
-        return _InPlace.apply(x, part.leaf, self.weight, self.bias, part)
-
-
-class InPlaceConv1D(InPlaceModule, Conv1D):
-    """GPT-2's `Conv1D` (weight `[in, out]`) with blocks of its weight trained in place."""
+class _InPlaceLayer(InPlaceModule):
+    """Stands before the layer's own class: forward is that class's own, unless a gradient is wanted."""
 
     def forward(self, x: Tensor) -> Tensor:
         part = self._thrifty["weight"]
@@ -106,3 +93,11 @@ class InPlaceConv1D(InPlaceModule, Conv1D):
         if not torch.is_grad_enabled() or not part.leaf.requires_grad:
             return super().forward(x)
         return _InPlace.apply(x, part.leaf, self.weight, self.bias, part)
+
+
+class InPlaceLinear(_InPlaceLayer, nn.Linear):
+    """`nn.Linear` with blocks of its weight trained in place."""
+
+
+class InPlaceConv1D(_InPlaceLayer, Conv1D):
+    """GPT-2's `Conv1D` (weight `[in, out]`) with blocks of its weight trained in place."""
