@@ -157,9 +157,12 @@ class Delta:
         try:
             pieces = {name: _piece(name, record, tensors) for name, record in head["tensors"].items()}
             return Delta(pieces, method=head["method"], total=int(head["total"]), info=head.get("info", {}))
-        except (KeyError, TypeError, AttributeError) as error:
+        except ThriftyError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
             raise ThriftyError(
-                f"{Path(folder) / _JSON} lacks or garbles {error}: make or copy the delta again"
+                f"{Path(folder) / _JSON} lacks or garbles {first}: make or copy the delta again"
             ) from None
 
 
