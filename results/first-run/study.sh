@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The first real comparison: SmolLM2-135M on snips; see docs/results/first-run.md. Resumable: a run with a summary is skipped.
 #   DATA=<folder of the data> OUT=<scratch folder> bash results/first-run/study.sh search|final
-# Summaries land beside this script: search-METHOD-RATE.json (30 steps, loss on rows 99%-100% of the training file) and
-# final-METHOD.json (100 steps at the best rate of the search, loss on all and exact match on 200 rows of the valid file).
+# Summaries land beside this script: search-METHOD-RATE.json (25 steps of 8 rows, loss on rows 99%-100% of the training file) and
+# final-METHOD.json (80 steps of 8 rows at the best rate of the search, loss and exact match on the first 200 rows of the valid file).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 : "${DATA:?}" "${OUT:?}" "${THRIFTY:=thrifty}"
@@ -24,7 +24,7 @@ run() { # name, then key=value ...
   [ -s "$here/$name.json" ] && return
   rm -rf "${OUT:?}/$name"
   # the YAML of a mapping needs a space behind each colon
-  $THRIFTY train model=smollm2-135m per_device_train_batch_size=16 max_length=256 seed=0 logging_steps=10 save_strategy=no \
+  $THRIFTY train model=smollm2-135m per_device_train_batch_size=8 max_length=256 seed=0 logging_steps=10 save_strategy=no \
     output_dir="$OUT/$name" "$@" > "$OUT/$name.log" 2>&1 || { echo "FAILED $name: $(tail -n 1 "$OUT/$name.log")"; return; }
   cp "$OUT/$name/summary.json" "$here/$name.json"
   cp "$OUT/$name/metrics.jsonl" "$here/$name.metrics.jsonl"
@@ -39,7 +39,7 @@ search() {
   for m in ${METHODS:-smt lora full random_blocks dora}; do
     for rate in ${RATES:-${rates[$m]}}; do
       settings "$m"
-      run "search-$m-$rate" "${args[@]}" learning_rate="$rate" max_steps=30 \
+      run "search-$m-$rate" "${args[@]}" learning_rate="$rate" max_steps=25 \
         data.train="[{path: $train, split: '[:30%]'}]" data.eval="[{path: $train, split: '[99%:]'}]" eval.loss=true
     done
   done
@@ -58,8 +58,8 @@ final() {
   for m in ${METHODS:-smt lora full random_blocks dora}; do
     settings "$m"
     local before=false; [ "$m" = smt ] && before=true
-    run "final-$m" "${args[@]}" learning_rate="$(best "$m")" max_steps=100 \
-      data.train="[{path: $train, split: '[:30%]'}]" data.eval="$valid" eval.loss=true eval.exact_match=200 eval.before=$before
+    run "final-$m" "${args[@]}" learning_rate="$(best "$m")" max_steps=80 \
+      data.train="[{path: $train, split: '[:30%]'}]" data.eval="[{path: $valid, split: '[:200]'}]" eval.loss=true eval.exact_match=200 eval.before=$before
   done
 }
 "$1"
