@@ -25,7 +25,7 @@ demo: .venv/.core-installed
 	$(BIN)/thrifty demo
 
 test: .venv/.dev-installed
-	$(BIN)/python -m pytest -m "" -q
+	$(BIN)/python -m pytest -m "" -q -n 2 --dist loadfile
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff format --check .
