@@ -23,6 +23,7 @@ from thrifty.run.files import new_folder, write_text
 from thrifty.run.metrics import MetricsFile, read_metrics
 from thrifty.run.state import (
     load_optimizer_state,
+    load_scheduler_state,
     load_state,
     optimizer_state,
     random_state,
@@ -68,7 +69,7 @@ def test_optimizer_scheduler_and_random_states_come_back_exactly(name: str, tmp_
     again = OPTIMIZERS[name](list(model.parameters()))
     scheduler = get_scheduler("cosine", again, num_warmup_steps=1, num_training_steps=9)
     load_optimizer_state(again, load_state(tmp_path / "optimizer"), leaves)
-    scheduler.load_state_dict(load_state(tmp_path / "scheduler"))
+    load_scheduler_state(scheduler, load_state(tmp_path / "scheduler"))
     set_random_state(load_state(tmp_path / "random")[0])
     assert drawn == [random.random(), np.random.rand(), np.random.randn()]
     for _ in range(3):

@@ -115,6 +115,15 @@ def test_training_goes_on_with_more_steps(tmp_path: Path) -> None:
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
+def test_more_steps_have_the_new_schedules_rate(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    train(configuration(tmp_path, max_steps=5))
+    train(configuration(tmp_path, resume_from_checkpoint="auto", logging_steps=1))
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    rates = {line["step"]: line["learning_rate"] for line in map(json.loads, lines)}
+    assert rates[6] == pytest.approx(0.01 * (10 - 5) / 10)
+
+
 def test_an_earlier_checkpoint_drops_what_came_after_it(tmp_path: Path) -> None:
     prepare(tmp_path)
     train(configuration(tmp_path, save_steps=3, save_total_limit=9))

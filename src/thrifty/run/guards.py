@@ -53,7 +53,8 @@ class Guards(TrainerCallback):
             control.should_save = True
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.moved and state.global_step > self.trainer._initial_global_step:
+        began = self.trainer._initial_global_step  # above 0: resumed, and what was trained before had moved
+        if not self.moved and state.global_step > began == 0:
             raise ThriftyError(
                 f"{state.global_step} steps moved no trained value: every gradient or learning rate was 0; "
                 "check learning_rate, warmup_steps and the labels (thrifty validate)"

@@ -12,10 +12,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from thrifty.core.errors import ThriftyError
 
-__all__ = ["load_optimizer_state", "load_state", "optimizer_state", "random_state", "save_state", "set_random_state"]
+__all__ = [
+    "load_optimizer_state",
+    "load_scheduler_state",
+    "load_state",
+    "optimizer_state",
+    "random_state",
+    "save_state",
+    "set_random_state",
+]
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
@@ -94,6 +103,16 @@ def load_optimizer_state(
         first += len(here)
     by_number = {number[name]: entry for name, entry in state["state"].items()}
     optimizer.load_state_dict({**state, "state": by_number, "param_groups": groups})
+
+
+def load_scheduler_state(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Put a scheduler's state back; where the run was given more steps, the next one has the new schedule's rate."""
+    scheduler.load_state_dict(state)
+    if isinstance(scheduler, LambdaLR):
+        pairs = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
+        scheduler._last_lr = [base * at(scheduler.last_epoch) for at, base in pairs]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def random_state() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from thrifty.core.errors import ThriftyError
+from thrifty.core.method import parse_method
 from thrifty.data import DataReport, Example, check_vocabulary, collate, encode_all, load
 from thrifty.delta import Delta
 from thrifty.objective.next_token import install, loss_of, uninstall
@@ -85,7 +86,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     rows = _load_rows(config, tokenizer)
     console.print(_describe(rows.report, max_length=config.max_length), highlight=False, soft_wrap=True)
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device)
-    _check_fits(model, rows)
+    _check_fits(config, model, rows)
     record = _record(config, model, rows)
     if checkpoint is not None:
         refuse_changes(checkpoint, config=config.to_dict(), fingerprints=record["fingerprints"])
@@ -125,8 +126,11 @@ def _load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Rows:
     return _Rows(train=train_rows, eval=eval_rows, examples=examples, report=report)
 
 
-def _check_fits(model: PreTrainedModel, rows: _Rows) -> None:
-    """ThriftyError where a row holds a token or a position that the model does not have."""
+def _check_fits(config: RunConfig, model: PreTrainedModel, rows: _Rows) -> None:
+    """ThriftyError where a row holds a token or a position that the model does not have, or nothing can be selected."""
+    for part in parse_method(config.method).parts:
+        if part.select is not None:
+            part.select.check(model, config.budget)
     every = [*rows.train, *(rows.eval or ())]
     check_vocabulary(every, model.get_input_embeddings().num_embeddings)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -27,7 +27,7 @@ from .guards import Guards
 from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
 from .order import RowOrder
-from .state import load_optimizer_state, optimizer_state, random_state, set_random_state
+from .state import load_optimizer_state, load_scheduler_state, optimizer_state, random_state, set_random_state
 
 __all__ = ["Row", "ThriftyTrainer"]
 
@@ -262,7 +262,7 @@ class ThriftyTrainer(Trainer):
         if checkpoint is not None:
             saved = Checkpoint(Path(checkpoint))
             load_optimizer_state(self.optimizer, saved.state("optimizer"), self.tuning.named_leaves())
-            self.lr_scheduler.load_state_dict(saved.state("scheduler"))
+            load_scheduler_state(self.lr_scheduler, saved.state("scheduler"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
