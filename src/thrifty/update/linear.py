@@ -73,8 +73,7 @@ class LinearPart(Part):
     def __init__(self, module: nn.Module, *, name: str, region: Blocks) -> None:
         transposed = isinstance(module, Conv1D)
         assert isinstance(module.weight, Tensor)
-        inputs = module.weight.shape[0 if transposed else 1]
-        self.member = Member(region.groups(module.weight.shape), inputs=inputs, transposed=transposed)
+        self.member = Member(region.groups(module.weight.shape), transposed=transposed)
         super().__init__(module, "weight", name=name, region=region)
 
     def arm(self) -> None:

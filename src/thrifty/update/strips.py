@@ -30,8 +30,8 @@ class Strips:
 class Member:
     """One module's blocks, in terms of the strip it shares."""
 
-    def __init__(self, blocks: tuple[BlockGroup, ...], *, inputs: int, transposed: bool) -> None:
-        self.blocks, self.inputs, self.transposed = blocks, inputs, transposed
+    def __init__(self, blocks: tuple[BlockGroup, ...], *, transposed: bool) -> None:
+        self.blocks, self.transposed = blocks, transposed
         if transposed:  # stored [in, out]: a block's rows are inputs
             columns = [(g.rows[:, None] + torch.arange(g.h)).flatten() for g in blocks]
         else:
@@ -100,16 +100,19 @@ def take_plain(x: Tensor, columns: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 
 def merge_pending() -> None:
-    """Give modules seen to share an input the union of their columns."""
+    """Give modules seen to share an input the union of their columns; pairs that meet in a module (q-k, k-v) are one
+    group."""
+    groups: list[list[Strips]] = []
     for a, b in _pending:
         first, second = a(), b()
-        if first is None or second is None or first is second:
+        if first is None or second is None:
             continue
-        members = [m for r in first.members + second.members if (m := r()) is not None]
-        if len({m.inputs for m in members}) != 1:
-            continue
-        union = Strips(torch.cat([first.columns, second.columns]).unique())
-        for member in members:
-            if member.strips is first or member.strips is second:
-                member.bind(union)
+        meeting = [group for group in groups if first in group or second in group]
+        groups = [group for group in groups if group not in meeting]
+        groups.append(list(dict.fromkeys([strips for group in meeting for strips in group] + [first, second])))
     _pending.clear()
+    for group in groups:
+        union = Strips(torch.cat([strips.columns for strips in group]).unique())
+        for strips in group:
+            for member in [m for r in strips.members if (m := r()) is not None and m.strips is strips]:
+                member.bind(union)
