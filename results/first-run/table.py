@@ -1,4 +1,4 @@
-"""Print the tables of docs/results/first-run.md from the summaries beside this file: `python results/first-run/table.py`."""
+"""Print the tables of docs/results/first-run.md from the summaries beside this file."""
 
 import json
 import math
@@ -9,14 +9,17 @@ METHODS = ("full", "lora", "dora", "smt", "random_blocks")
 
 
 def load(pattern: str) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob(pattern)) if "metrics" not in path.name}
+    return {
+        path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob(pattern)) if "metrics" not in path.name
+    }
 
 
 def search() -> None:
     print("| method | learning rate: loss after 25 steps on held-back training rows |\n|---|---|")
     runs = load("search-*.json")
     for method in METHODS:
-        mine = {name.split(f"search-{method}-")[1]: run for name, run in runs.items() if name.startswith(f"search-{method}-")}
+        start = f"search-{method}-"
+        mine = {name.removeprefix(start): run for name, run in runs.items() if name.startswith(start)}
         losses = {rate: run["evaluation"]["after"]["loss"] for rate, run in mine.items()}
         if losses:
             best = min(losses, key=lambda rate: losses[rate])
@@ -39,7 +42,8 @@ def final() -> None:
         after, match = run["evaluation"]["after"], run["evaluation"]["after"]["exact_match"]
         error = math.sqrt(match * (1 - match) / 200)
         print(
-            f"| {method} | {run['trainable_parameters']:,} | {100 * run['trainable_share']:.2f}% | {run['learning_rate']:g} "
+            f"| {method} | {run['trainable_parameters']:,} | {100 * run['trainable_share']:.2f}% "
+            f"| {run['learning_rate']:g} "
             f"| {after['loss']:.4f} | {match:.3f} | {error:.3f} | {run['tokens_per_second']:.0f} "
             f"| {run['peak_memory_bytes'] / 2**30:.2f} |"
         )
