@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_resume import result
-from tiny_run import configuration, prepare
+from tiny_run import configuration, prepare, start
 
 from thrifty.run.checkpoint import checkpoints
 
-# Imports once, in a clean process that forks a child for each run.
-_CHILDREN = multiprocessing.get_context("forkserver")
-_CHILDREN.set_forkserver_preload(["thrifty.run.train", "thrifty.cli.main", "transformers.models.llama.modeling_llama"])
-
 _KILLS = int(os.environ.get("THRIFTY_TEST_KILLS", "5"))
-
-
-def _start(target: Callable[..., Any], *arguments: Any) -> multiprocessing.process.BaseProcess:
-    child = _CHILDREN.Process(target=target, args=arguments)
-    child.start()
-    return child
 
 
 def _train(config: dict[str, Any], kill_at: int | None) -> None:
@@ -67,18 +55,18 @@ def _train(config: dict[str, Any], kill_at: int | None) -> None:
 def test_killed_at_random_moments(dtype: str, tmp_path: Path) -> None:
     prepare(tmp_path, dropout=0.1)
     changes = {"dtype": dtype, "save_steps": 2, "eval_steps": 3, "resume_from_checkpoint": "auto"}
-    whole = _start(_train, configuration(tmp_path, **changes, output_dir=str(tmp_path / "whole")), None)
+    whole = start(_train, configuration(tmp_path, **changes, output_dir=str(tmp_path / "whole")), None)
     config = configuration(tmp_path, **changes)
     draw = random.Random(dtype)
     for number in range(_KILLS):
         timed = number % 3 == 2  # the others die exactly at an event, most of them inside a save
-        child = _start(_train, config, None if timed else draw.randrange(1, 120))
+        child = start(_train, config, None if timed else draw.randrange(1, 120))
         if timed:
             time.sleep(draw.random())
             child.kill()
         child.join()
         assert child.exitcode in (0, -signal.SIGKILL)
-    child = _start(_train, config, None)
+    child = start(_train, config, None)
     child.join()
     whole.join()
     assert child.exitcode == whole.exitcode == 0
@@ -116,13 +104,13 @@ def test_a_file_that_may_not_grow_while_saving(tmp_path: Path) -> None:
     prepare(tmp_path)
     config = configuration(tmp_path, method="full", budget=None, save_steps=2, max_steps=4, optim="sgd")
     (tmp_path / "run.yaml").write_text(load_config(config).to_yaml())
-    child = _start(_limited, str(tmp_path / "run.yaml"), str(tmp_path / "errors"))
+    child = start(_limited, str(tmp_path / "run.yaml"), str(tmp_path / "errors"))
     child.join()
     assert child.exitcode == 2
     (line,) = (tmp_path / "errors").read_text().splitlines()
     assert "File too large; checkpoint-2 is whole: free space and go on with resume_from_checkpoint=auto" in line
     assert [c.step for c in checkpoints(tmp_path / "out")] == [2]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.yaml", "metrics.jsonl", "checkpoint-2"}
-    child = _start(_train, {**config, "resume_from_checkpoint": "auto"}, None)
+    child = start(_train, {**config, "resume_from_checkpoint": "auto"}, None)
     child.join()
     assert [c.step for c in checkpoints(tmp_path / "out")] == [4]

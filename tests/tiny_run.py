@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ from families import build
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["configuration", "save_checkpoint", "write_rows"]
+__all__ = ["configuration", "prepare", "save_checkpoint", "start", "write_rows"]
+
+# Imports once, in a clean process that forks a child for each run.
+_CHILDREN = multiprocessing.get_context("forkserver")
+_CHILDREN.set_forkserver_preload(["thrifty.run.train", "thrifty.cli.main", "transformers.models.llama.modeling_llama"])
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;?!-+*/=()<>{}[]\"'_\n"
 
@@ -71,3 +77,10 @@ def prepare(folder: Path, *, family: str = "llama", dropout: float = 0.0) -> Pat
     write_rows(folder / "train.jsonl", rows=22)
     write_rows(folder / "eval.jsonl", rows=9, seed=1)
     return folder
+
+
+def start(target: Callable[..., Any], *arguments: Any) -> multiprocessing.process.BaseProcess:
+    """Run a function of a test module in a process of its own."""
+    child = _CHILDREN.Process(target=target, args=arguments)
+    child.start()
+    return child

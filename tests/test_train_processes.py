@@ -1,0 +1,48 @@
+"""Two processes train as one does with the same global batch, and resume."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import configuration, prepare, start
+
+from thrifty.run.checkpoint import checkpoints
+from thrifty.run.metrics import read_metrics
+from thrifty.run.train import train
+
+
+def _rank(rank: int, port: int, configs: list[dict[str, Any]]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for config in configs:
+        train(config)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    changes = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "eval_steps": 3, "max_steps": 5}
+    train(configuration(tmp_path, **changes, per_device_eval_batch_size=8))
+    halves = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "output_dir": str(tmp_path / "two")}
+    split = configuration(tmp_path, **{**changes, **halves})
+    resumed = {**split, "resume_from_checkpoint": "auto"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [start(_rank, rank, port, [{**split, "max_steps": 3}, resumed]) for rank in range(2)]
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("out", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for name in ("loss", "eval_loss", "tokens"):
+        assert [line.get(name, 0) for line in two] == pytest.approx([line.get(name, 0) for line in one], rel=1e-5), name
+    expected, found = (checkpoints(tmp_path / name)[-1].values() for name in ("out", "two"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
