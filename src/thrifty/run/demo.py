@@ -45,7 +45,7 @@ def settings(output_dir: str | Path) -> dict[str, Any]:
         "budget": 0.01,
         "max_steps": 150,
         "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "warmup_steps": 10,
         "bf16": _bfloat16_is_fast(),
         "max_length": 128,
@@ -92,6 +92,7 @@ def demo(output_dir: str | Path = "out/demo", *, overrides: Sequence[str] = (), 
         f"{len(held_out)} held out, in other words and about other things.",
         f"  {learned[0].text}",
         f"  {learned[0].call}",
+        "The base model answers the held-out requests first, then training begins.",
     )
 
     said = _answers_before(config)
