@@ -17,7 +17,7 @@ declare -A method=(
   [dora]="method={peft:{peft_type:LORA,use_dora:true,r:4,lora_alpha:8,rank_pattern:{gate_proj:3,up_proj:3}}}"
   [full]="method=full"
 )
-declare -A rates=([smt]="1e-3 3e-3 1e-2" [random_blocks]="1e-3 3e-3 1e-2" [lora]="1e-3 3e-3 1e-2 3e-2" [dora]="1e-3 3e-3 1e-2" [full]="1e-4 3e-4 1e-3")
+declare -A rates=([smt]="1e-3 3e-3 5e-3 1e-2" [random_blocks]="1e-3 3e-3 1e-2" [lora]="1e-3 3e-3 1e-2 3e-2" [dora]="1e-3 3e-3 1e-2" [full]="1e-4 3e-4 1e-3")
 
 run() { # name, then key=value ...
   local name=$1; shift
