@@ -58,7 +58,8 @@ class Part:
         self.in_leaf = isinstance(region, Whole) and weight.dtype == leaf_dtype(weight.dtype)
         keep_original = keep_original or not self.in_leaf
         self.original: Tensor | None = region.gather(weight) if keep_original else None
-        self.dirty, self.stamp, self.swapped = False, 0, False
+        self.dirty, self.stamp = False, 0
+        self.kept: Tensor | None = None  # the trained values, while the base's are in `W`
         if self.in_leaf:  # all of a float32 tensor: the tensor itself is the leaf, nothing has to be written
             weight.requires_grad_(True)
         else:
@@ -113,24 +114,27 @@ class Part:
 
     def write(self) -> None:
         """Write the trained values into `W`, through `.data`: autograd keeps `W` of graphs that are still alive."""
-        self.dirty = False
-        if not self.in_leaf:
+        self.dirty = self.kept is not None  # while the base is in `W`, what a step changed is written when it goes
+        if not self.in_leaf and not self.dirty:
             self.region.scatter_(self.weight.data, self.values())
 
     def flush(self) -> None:
         """Write if a step may have gone unseen. Unconditional on the values: comparing them would wait for a GPU."""
-        if self.dirty and not self.swapped:
+        if self.dirty:
             self.write()
 
     def swap_in(self, values: Tensor) -> None:
         """Put `values` into `W` in place of the trained ones, until `swap_out`."""
-        self.swapped = True
+        self.flush()
+        self.kept = self.region.gather(self.weight)
         self.region.scatter_(self.weight.data, values)
 
-    def swap_out(self, values: Tensor) -> None:
-        """Put the trained `values` back."""
-        self.region.scatter_(self.weight.data, values)
-        self.swapped = False
+    def swap_out(self) -> None:
+        """Put the trained values back."""
+        assert self.kept is not None
+        self.region.scatter_(self.weight.data, self.kept)
+        self.kept = None
+        self.flush()
 
     @torch.no_grad()
     def load(self, values: Tensor) -> None:

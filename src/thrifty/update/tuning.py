@@ -72,14 +72,12 @@ class Tuning:
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
         """The untouched model, for a reference pass: `with tuning.base(): model(...)`. Gradients are off inside."""
-        parts = self._live()
+        parts = {name: part for name, part in self._live().items() if part.kept is None}  # none, inside another base()
         originals = self._originals()
         with ExitStack() as stack:
             for name, part in parts.items():
-                part.flush()
-                values = part.values()
-                stack.callback(part.swap_out, values)
                 part.swap_in(originals[name])
+                stack.callback(part.swap_out)
             with torch.no_grad():
                 yield self.model
 
@@ -108,7 +106,7 @@ class Tuning:
                 region=part.region,
                 shape=tuple(base.shape),
                 values=part.region.gather(part.weight).cpu(),
-                original=originals[name].cpu(),
+                original=originals[name].to("cpu", base.dtype),
                 fingerprint=fingerprint(base),
             )
         return Delta(pieces, method=self.method.to_dict(), total=self.plan.total)
