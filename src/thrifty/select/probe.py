@@ -148,6 +148,11 @@ def run_probe(
         raise ThriftyError(
             "the probe saw no label: batches is empty or every label is -100; check the data and max_length"
         )
+    if not any(bool(sums.any()) for found in probe.sums.values() for sums in found.values()):
+        raise ThriftyError(
+            "the probe's gradients are zero everywhere: no label is predicted (the first of a row never is), "
+            "or the loss does not depend on the target modules; check the data and target_modules"
+        )
     for statistic in wanted:
         for name, p in chosen.items():
             h, w = grids[name]
