@@ -57,5 +57,5 @@ class Guards(TrainerCallback):
         if not self.moved and state.global_step > began == 0:
             raise ThriftyError(
                 f"{state.global_step} steps moved no trained value: every gradient or learning rate was 0; "
-                "check learning_rate, warmup_steps and the labels (thrifty validate)"
+                "check learning_rate, warmup_steps and the labels"
             )

@@ -26,6 +26,7 @@ from .arguments import keeps_best, training_arguments, with_defaults
 from .checkpoint import Checkpoint, claim, find_checkpoint, refuse_changes, remove_later
 from .config import EvalConfig, RunConfig, load_config
 from .display import Display
+from .embedded import no_progress_bars
 from .evaluate import evaluate
 from .files import disk_errors, remove_leftovers, write_json, write_text
 from .memory import Clock, MemoryMeter
@@ -101,7 +102,8 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     tuning, trainer = _train(
         config, args, model=model, rows=rows, tokenizer=tokenizer, record=record, checkpoint=checkpoint, console=console
     )
-    delta = tuning.delta()
+    with no_progress_bars():  # whole tensors are read from the base once more
+        delta = tuning.delta()
     if args.should_save:
         with disk_errors(str(output / "delta"), fix=_GO_ON):
             delta.save(output / "delta")
