@@ -162,6 +162,19 @@ def test_an_attached_model_is_refused() -> None:
     delta.apply(small())
 
 
+@pytest.mark.parametrize("method", ["full", {"random_blocks": {"block_size": 2}}], ids=str)
+def test_a_model_cast_while_attached_gives_a_delta_of_the_cast_base(method: Any, tmp_path: Path) -> None:
+    model = small()
+    tuning = attach(model, method, budget=None if method == "full" else 0.5)
+    model.to(torch.bfloat16)
+    for leaf in tuning.parameters():
+        leaf.data.add_(1.0)
+    tuning.sync()
+    tuning.delta().save(tmp_path / "d")
+    trained = bits(tuning.finish())
+    assert bits(Delta.load(tmp_path / "d").apply(small().to(torch.bfloat16))) == trained
+
+
 def peer(**options: Any) -> tuple[Any, Delta]:
     tuning = attach(build("llama", layers=1), {"peft": {"r": 2} | options})
     with torch.no_grad():

@@ -124,6 +124,7 @@ def test_a_probe_that_breaks_in_backward_leaves_no_trace() -> None:
 
 
 GOOD = batches(1, 4, 9)
+FIRST = GOOD[0] | {"labels": torch.full((4, 9), -100).index_fill(1, torch.tensor([0]), 5)}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,7 @@ GOOD = batches(1, 4, 9)
         ("smt", 0.02, [], "the probe saw no label"),
         ("smt", 0.02, [{k: v for k, v in GOOD[0].items() if k != "labels"}], "needs batches with 'labels'"),
         ("smt", 0.02, [GOOD[0] | {"labels": torch.full((4, 9), -100)}], "every label is -100"),
+        ("smt", 0.02, [FIRST], "the probe's gradients are zero everywhere: no label is predicted"),
         ("smt", 2, GOOD, "buys no block, the smallest holds"),
         ("smt", 1.5, GOOD, "budget 1.5 is neither a share"),
         ("smtt", 0.02, GOOD, "unknown method 'smtt'; did you mean 'smt'"),
