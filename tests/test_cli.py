@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,12 @@ def test_ctrl_c_stops_training_with_one_line(run: Path) -> None:
         "save_strategy=no",
         "logging_steps=1",
     ]
-    with subprocess.Popen(words, cwd=run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    listen = partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # a background job ignores it
+    with subprocess.Popen(
+        words, cwd=run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:

@@ -35,6 +35,7 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         yield aside
         for file in aside.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors makes its files for their owner only
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         old = None
