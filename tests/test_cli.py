@@ -150,9 +150,7 @@ def test_ctrl_c_stops_training_with_one_line(run: Path) -> None:
         "save_strategy=no",
         "logging_steps=1",
     ]
-    listen = partial(
-        signal.signal, signal.SIGINT, signal.default_int_handler
-    )  # a background job ignores it
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     with subprocess.Popen(
         words, cwd=run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
     ) as process:

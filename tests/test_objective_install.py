@@ -126,6 +126,7 @@ def test_install_is_undone_over_a_replaced_forward_and_under_accelerate() -> Non
     model.forward = lambda *args, **kwargs: stock(*args, **kwargs)
     replaced = model.forward
     with label_only(model):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of a trainer that ran before in this process
         Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
         assert model(**batch).logits is None
         assert installed_plan(model) is not None
