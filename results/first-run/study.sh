@@ -13,11 +13,12 @@ train=$DATA/snips_train.jsonl valid=$DATA/snips_valid.jsonl
 declare -A method=(
   [smt]="method=smt budget=1221120"
   [random_blocks]="method=random_blocks budget=1221120"
+  [smt_per_matrix]="method={smt:{scope:per_matrix}} budget=1221120"
   [lora]="method={peft:{peft_type:LORA,r:4,lora_alpha:8}}"
   [dora]="method={peft:{peft_type:LORA,use_dora:true,r:4,lora_alpha:8,rank_pattern:{gate_proj:3,up_proj:3}}}"
   [full]="method=full"
 )
-declare -A rates=([smt]="1e-3 3e-3 5e-3 1e-2" [random_blocks]="1e-3 3e-3 1e-2" [lora]="1e-3 3e-3 1e-2 3e-2" [dora]="1e-3 3e-3 1e-2" [full]="1e-4 3e-4 1e-3")
+declare -A rates=([smt]="1e-3 3e-3 5e-3 1e-2" [random_blocks]="1e-3 3e-3 1e-2 3e-2" [lora]="1e-3 3e-3 1e-2 3e-2" [dora]="1e-3 3e-3 1e-2" [full]="1e-4 3e-4 1e-3" [smt_per_matrix]="3e-3 1e-2 3e-2")
 
 run() { # name, then key=value ...
   local name=$1; shift
@@ -36,7 +37,7 @@ settings() { # "method=... budget=..." as an array, spaces behind colons
   for part in ${method[$1]}; do args+=("${part//:/: }"); done
 }
 search() {
-  for m in ${METHODS:-smt lora full random_blocks dora}; do
+  for m in ${METHODS:-smt lora full random_blocks dora smt_per_matrix}; do
     for rate in ${RATES:-${rates[$m]}}; do
       settings "$m"
       run "search-$m-$rate" "${args[@]}" learning_rate="$rate" max_steps=25 \
@@ -55,7 +56,7 @@ print(min(losses, key=losses.get))
 PY
 }
 final() {
-  for m in ${METHODS:-smt lora full random_blocks dora}; do
+  for m in ${METHODS:-smt lora full random_blocks dora smt_per_matrix}; do
     settings "$m"
     local before=false; [ "$m" = smt ] && before=true
     run "final-$m" "${args[@]}" learning_rate="$(best "$m")" max_steps=80 \

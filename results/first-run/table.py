@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 HERE = Path(__file__).parent
-METHODS = ("full", "lora", "dora", "smt", "random_blocks")
+METHODS = ("full", "lora", "dora", "smt", "smt_per_matrix", "random_blocks")
 
 
 def load(pattern: str) -> dict[str, dict]:
