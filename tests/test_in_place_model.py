@@ -216,8 +216,12 @@ def test_a_small_learning_rate_moves_bfloat16_weights_over_many_steps() -> None:
     region = tuning.plan[name]
     moved = (region.gather(model.get_parameter(name)).float() - region.gather(before).float()).mean()
     assert abs(float(moved) / -4e-3 - 1) < 0.1
-    once = (region.gather(before).float() + leaf.detach().view(region.packed_shape(before.shape))).to(torch.bfloat16)
-    assert torch.equal(region.gather(model.get_parameter(name)), once)  # rounded once
+    leaf.data.normal_()
+    tuning.sync()
+    original, offset = region.gather(before), leaf.detach().view(region.packed_shape(before.shape))
+    once, twice = (original.float() + offset).to(torch.bfloat16), original + offset.to(torch.bfloat16)
+    assert not torch.equal(once, twice)
+    assert torch.equal(region.gather(model.get_parameter(name)), once)
 
 
 def test_a_copy_of_a_whole_model_trains_on_its_own() -> None:
