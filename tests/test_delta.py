@@ -17,7 +17,7 @@ from thrifty import attach
 from thrifty.core.errors import ThriftyError
 from thrifty.delta import Delta
 from thrifty.delta import delta as delta_file
-from thrifty.delta.files import fingerprint
+from thrifty.delta.digest import fingerprint
 
 
 def small(dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (9, 7), seed: int = 0) -> nn.Module:

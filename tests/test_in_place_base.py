@@ -6,26 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from attached import BATCH, random_blocks, step
 from contract_cells import logits
-from families import batches, build
-from torch import Tensor
+from families import build
 
 from thrifty import attach
-from thrifty.update.tuning import Tuning
 
 METHODS = ["full", {"random_blocks": {"block_size": 8}}, {"peft": {"r": 2}}]
-(BATCH,) = batches(1, 3, 10)
-
-
-def step(tuning: Any, optimizer: Any, batch: dict[str, Tensor] = BATCH) -> None:
-    optimizer.zero_grad()
-    tuning.model(**batch).loss.backward()
-    optimizer.step()
-
-
-def random_blocks(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Tuning]:
-    model = build(family, dtype, layers=2)
-    return model, attach(model, {"random_blocks": {"block_size": 8} | options}, budget=0.05)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from attached import BATCH, random_blocks, step
 from contract_cells import logits, summed_loss
-from families import batches, build, classifier_batches
+from families import build, classifier_batches
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,20 +17,7 @@ from thrifty import attach
 from thrifty.core.errors import ThriftyError
 from thrifty.core.plan import Plan
 from thrifty.core.region import Blocks, Region, Whole
-from thrifty.update.tuning import Tuning, attach_with
-
-(BATCH,) = batches(1, 3, 10)
-
-
-def step(tuning: Any, optimizer: Any, batch: dict[str, Tensor] = BATCH) -> None:
-    optimizer.zero_grad()
-    tuning.model(**batch).loss.backward()
-    optimizer.step()
-
-
-def random_blocks(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Tuning]:
-    model = build(family, dtype, layers=2)
-    return model, attach(model, {"random_blocks": {"block_size": 8} | options}, budget=0.05)
+from thrifty.update.tuning import attach_with
 
 
 @pytest.mark.parametrize("method", ["full", {"random_blocks": {"block_size": 8}}], ids=str)

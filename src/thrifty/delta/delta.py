@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.errors import ThriftyError, nearest
+from ..core.files import new_folder
 from ..core.plan import Plan
 from ..core.region import Region, region_from_files
-from .files import fingerprint, whole_folder
+from .digest import fingerprint
 
 __all__ = ["FORMAT", "Delta", "Piece"]
 
@@ -137,7 +138,7 @@ class Delta:
             "tensors": records,
             "info": self.info,
         }
-        with whole_folder(folder) as aside:
+        with new_folder(Path(folder)) as aside:
             save_file(tensors, aside / _TENSORS)
             (aside / _JSON).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.errors import ThriftyError
+from ..core.files import new_folder
 from .delta import _JSON, FORMAT, Delta, _parameters, refuse_other
-from .files import fingerprint, whole_folder
+from .digest import fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -112,7 +113,7 @@ class PeerDelta(Delta):
             "info": self.info,
         }
         assert self.config is not None
-        with whole_folder(folder) as aside:
+        with new_folder(Path(folder)) as aside:
             (aside / _ADAPTER).mkdir()
             self.config.save_pretrained(str(aside / _ADAPTER))
             tensors = {name: t.detach().cpu().contiguous() for name, t in self.state.items()}

@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from thrifty.core.errors import ThriftyError
+from thrifty.core.files import disk_errors, is_whole, new_folder, remove_folder
 from thrifty.core.plan import Plan, plan_from_files, plan_to_files
 
-from .files import disk_errors, is_whole, new_folder, remove_folder
 from .state import load_state, save_state
 
 __all__ = [

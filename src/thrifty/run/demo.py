@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thrifty.core.errors import ThriftyError
+from thrifty.core.files import write_text
 from thrifty.data import load
 from thrifty.data.demo import INSTRUCTION, Request, requests
 from thrifty.data.demo_phrasings import FUNCTIONS
@@ -21,7 +22,6 @@ from thrifty.data.demo_phrasings import FUNCTIONS
 from .config import RunConfig, load_config
 from .display import human_bytes, human_time
 from .evaluation import Answered, answer_all, evaluating, questions
-from .files import write_text
 from .model import load_model, load_tokenizer
 from .nearest import jaccard_nearest, tf_idf_nearest
 from .train import train

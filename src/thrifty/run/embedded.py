@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from thrifty.core.errors import ThriftyError
-
-from .files import disk_errors, sync
+from thrifty.core.files import disk_errors, sync
 
 __all__ = ["EMBEDDED", "Embedded", "cache_folder", "embedded_folder", "no_progress_bars"]
 

@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from thrifty.core.errors import ThriftyError
+from thrifty.core.files import write_text
 from thrifty.data import Example, answer, check_vocabulary, encode_all, load
 from thrifty.delta import Delta
 from thrifty.objective.heads import unwrapped
 
 from .config import EvalConfig, RunConfig
 from .evaluation import Answered, answer_all, choose, evaluating, file_loss, mean_loss, option_lists, questions
-from .files import write_text
 from .model import load_model, load_tokenizer
 
 __all__ = ["evaluate", "run_eval"]

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from thrifty.core.errors import ThriftyError
+from thrifty.core.files import disk_errors, new_folder
 from thrifty.data import chat_template
 from thrifty.delta import Delta
 
 from .embedded import no_progress_bars
-from .files import disk_errors, new_folder
 from .folder import locate
 from .model import load_model, load_tokenizer, resolve
 

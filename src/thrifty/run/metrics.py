@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import disk_errors, write_text
+from thrifty.core.files import disk_errors, write_text
 
 __all__ = ["MetricsFile", "read_metrics"]
 

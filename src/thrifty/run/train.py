@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from thrifty.core.errors import ThriftyError
+from thrifty.core.files import disk_errors, remove_leftovers, write_json, write_text
 from thrifty.core.method import parse_method
 from thrifty.data import DataReport, Example, check_vocabulary, collate, encode_all, load
 from thrifty.delta import Delta
@@ -28,7 +29,6 @@ from .config import EvalConfig, RunConfig, load_config
 from .display import Display
 from .embedded import no_progress_bars
 from .evaluate import evaluate
-from .files import disk_errors, remove_leftovers, write_json, write_text
 from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
 from .model import load_model, load_tokenizer

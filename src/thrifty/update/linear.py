@@ -40,7 +40,7 @@ class _InPlace(torch.autograd.Function):
         # not saved for backward: rewriting the same values into W would raise "modified by an inplace operation"
         ctx.weight, ctx.groups = weight, part.member.groups
         ctx.part, ctx.stamp = (None, 0) if compiling else (part, part.stamp)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.x_dtype = x.dtype
         ctx.leaf_shape, ctx.leaf_dtype = leaf.shape, leaf.dtype
         ctx.transposed = part.member.transposed
         return y

@@ -13,9 +13,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from thrifty.core.errors import ThriftyError
+from .errors import ThriftyError
 
-__all__ = ["disk_errors", "new_folder", "remove_leftovers", "write_json", "write_text"]
+__all__ = [
+    "disk_errors",
+    "is_whole",
+    "new_folder",
+    "remove_folder",
+    "remove_leftovers",
+    "sync",
+    "write_json",
+    "write_text",
+]
 
 _PARTIAL = ".partial-"  # never a name that a user or another tool looks for
 
@@ -106,8 +115,8 @@ def is_whole(folder: Path, *, marker: str) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written directly in `folder` (of a delta too)."""
-    for path in [*folder.glob(f"{_PARTIAL}*"), *folder.glob(".delta.*")]:
+    """Remove what a killed process left half-written directly in `folder`."""
+    for path in folder.glob(f"{_PARTIAL}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
