@@ -8,15 +8,17 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["Clock", "MemoryMeter"]
+__all__ = ["Clock", "MemoryMeter", "SavedBytes", "saved_bytes"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -120,3 +122,66 @@ class Clock:
         finally:
             if running:
                 self.run()
+
+
+class _Kept:
+    """What autograd holds in place of a saved tensor, so that it lives exactly as long as the graph needs it."""
+
+    def __init__(self, tensor: Tensor, owner: str | None) -> None:
+        self.tensor, self.owner = tensor, owner
+
+
+class SavedBytes:
+    """Bytes kept for backward, each storage counted once; filled in when the block of `saved_bytes` ends."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.by_module: dict[str, int] = {}  # chosen module -> bytes that it was the first of them to save
+
+    @property
+    def within(self) -> int:
+        """Bytes saved inside the chosen modules, whatever else keeps them too."""
+        return sum(self.by_module.values())
+
+
+@contextmanager
+def saved_bytes(model: nn.Module, chosen: Callable[[nn.Module], bool] = lambda _: False) -> Iterator[SavedBytes]:
+    """What forwards inside the block keep for backward: `with saved_bytes(model) as saved: loss = model(**batch).loss`.
+
+    Counted when the block ends: hold the loss until then, and run backward after it. A storage counts once and whole
+    (a view keeps all of it); parameters, buffers and views of them are left out. `chosen` picks the modules of
+    `by_module`: what is saved during their forward is theirs, the innermost's where they nest. Not seen: what a
+    function hangs on `ctx` past `save_for_backward`, and what activation checkpointing will compute again.
+    """
+    saved, inside, order = SavedBytes(), list[str](), list[weakref.ref[_Kept]]()
+
+    def pack(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor, inside[-1] if inside else None)
+        order.append(weakref.ref(kept))
+        return kept
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if chosen(module):
+                enter = module.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
+                leave = module.register_forward_hook(lambda *_: _drop_last(inside), always_call=True)
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
+        stack.enter_context(saved_tensors_hooks(pack, lambda kept: kept.tensor))
+        yield saved
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    total: dict[int, int] = {}
+    owned: dict[int, tuple[str, int]] = {}
+    for kept in [kept for reference in order if (kept := reference()) is not None]:
+        storage = kept.tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            total[storage.data_ptr()] = storage.nbytes()
+            if kept.owner is not None:
+                owned.setdefault(storage.data_ptr(), (kept.owner, storage.nbytes()))
+    saved.total = sum(total.values())
+    for name, size in owned.values():
+        saved.by_module[name] = saved.by_module.get(name, 0) + size
+
+
+def _drop_last(names: list[str]) -> None:
+    names.pop()
