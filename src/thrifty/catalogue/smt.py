@@ -25,6 +25,7 @@ def smt(
     scope: str = "global",
     block_size: BlockSize = "auto",
     target_modules: str | Sequence[str] = "all-linear",
+    input_budget: float | str | None = None,
 ) -> Method:
     """Train, in place, only the blocks of the weights whose gradients are largest.
 
@@ -33,8 +34,14 @@ def smt(
     released code the probe changes no weight, so the result is block-sparse exactly. The paper's main runs use l = 256
     and choose among Q, K and V: `block_size: 256`, `target_modules: [q_proj, k_proj, v_proj]`.
 
+    Other shapes: `block_size: column` trains whole columns (one input to all outputs), `row` whole rows, `[64, 16]`
+    blocks of 64 outputs by 16 inputs. `input_budget: 10%` bounds what backward keeps of activations: columns of inputs
+    shared by q, k, v and by gate, up are chosen first, then blocks inside them.
+
     When not to use it: without labelled batches to probe (take random_blocks), or where a model's weights are
     quantized.
     """
-    select = TopBlocks(score=score, scope=scope, block_size=block_size, target_modules=target_modules)
+    select = TopBlocks(
+        score=score, scope=scope, block_size=block_size, target_modules=target_modules, input_budget=input_budget
+    )
     return Method(name="smt", parts=(Part(select=select, update=InPlace()),))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
 
 from .errors import ThriftyError
 
-__all__ = ["Budget", "distinct_parameters"]
+__all__ = ["Budget", "distinct_parameters", "share_of"]
 
 
 def distinct_parameters(model: nn.Module) -> int:
@@ -63,3 +64,14 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.count:,} numbers" if self.count is not None else f"{100 * (self.fraction or 0):g}%"
+
+
+def share_of(value: object, *, key: str) -> float:
+    """A share written as `budget` writes one (0.1, "10%"), as a fraction in (0, 1]. ThriftyError naming `key`."""
+    fraction = None
+    if isinstance(value, float | int | str):
+        with suppress(ThriftyError):
+            fraction = Budget.parse(value).fraction
+    if fraction is None:
+        raise ThriftyError(f"{key} {value!r} is not a share: give 0.1 or '10%', above 0 and at most 1")
+    return fraction

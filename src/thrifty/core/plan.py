@@ -33,10 +33,22 @@ def _layer_of(name: str) -> int | None:
 
 
 class Plan(Mapping[str, Region]):
-    """Which region of which parameter is trained. Immutable; iterates in the model's own order."""
+    """Which region of which parameter is trained. Immutable; iterates in the model's own order.
 
-    def __init__(self, regions: Mapping[str, Region], *, shapes: Mapping[str, tuple[int, ...]], total: int) -> None:
+    kept_columns: where it is known which matrices read the same input, how many distinct input columns the tuned linear
+    layers keep for backward, and of how many.
+    """
+
+    def __init__(
+        self,
+        regions: Mapping[str, Region],
+        *,
+        shapes: Mapping[str, tuple[int, ...]],
+        total: int,
+        kept_columns: tuple[int, int] | None = None,
+    ) -> None:
         self._regions = dict(regions)
+        self.kept_columns = kept_columns
         self.shapes = {name: tuple(shapes[name]) for name in self._regions}
         self.total = total
         for name, region in self._regions.items():
@@ -44,14 +56,16 @@ class Plan(Mapping[str, Region]):
         self.sizes = {name: region.size(self.shapes[name]) for name, region in self._regions.items()}
 
     @classmethod
-    def of(cls, model: nn.Module, regions: Mapping[str, Region]) -> Plan:
+    def of(
+        cls, model: nn.Module, regions: Mapping[str, Region], *, kept_columns: tuple[int, int] | None = None
+    ) -> Plan:
         """A plan for `model`; ThriftyError where it names a parameter that is not there."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name in regions:
             if name not in shapes:
                 raise ThriftyError(unknown("parameter", name, shapes))
         ordered = {name: regions[name] for name in shapes if name in regions}
-        return cls(ordered, shapes=shapes, total=distinct_parameters(model))
+        return cls(ordered, shapes=shapes, total=distinct_parameters(model), kept_columns=kept_columns)
 
     def __getitem__(self, name: str) -> Region:
         return self._regions[name]
@@ -90,6 +104,9 @@ class Plan(Mapping[str, Region]):
         )
         if by_layer:
             lines.append("by layer: " + "  ".join(f"{i}: {100 * by_layer[i] / trained:.1f}%" for i in sorted(by_layer)))
+        if self.kept_columns is not None:
+            kept, of = self.kept_columns
+            lines.append(f"inputs:   {kept:,} of {of:,} distinct columns kept for backward ({100 * kept / of:.1f}%)")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -105,11 +122,15 @@ def plan_to_files(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
         records[name] = record | {"of": list(plan.shapes[name])}
         if index is not None:
             tensors[name] = index
-    return {"total": plan.total, "regions": records}, tensors
+    kept = {} if plan.kept_columns is None else {"kept_columns": list(plan.kept_columns)}
+    return {"total": plan.total, "regions": records} | kept, tensors
 
 
 def plan_from_files(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
     """The plan that `plan_to_files` wrote."""
     regions = {name: region_from_files(entry, tensors.get(name)) for name, entry in record["regions"].items()}
     shapes = {name: tuple(entry["of"]) for name, entry in record["regions"].items()}
-    return Plan(regions, shapes=shapes, total=int(record["total"]))
+    kept = record.get("kept_columns")
+    return Plan(
+        regions, shapes=shapes, total=int(record["total"]), kept_columns=None if kept is None else (kept[0], kept[1])
+    )

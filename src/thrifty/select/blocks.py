@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..core.budget import Budget
+from ..core.budget import Budget, share_of
 from ..core.errors import ThriftyError, unknown
 from ..core.plan import Plan, kind_of
 from ..core.region import Blocks, Region
+from .inputs import Input, kept_inputs, same_inputs, strip_linears
+from .pick import SCOPES, pick
 from .probe import STATISTICS, Probe
+from .strip_first import Strips, check_input_budget, columns_of
 from .targets import Target, targets
 
 __all__ = ["AUTO_SIZES", "SCOPES", "BlockSize", "TopBlocks", "auto_block_size", "block_shape"]
 
 BlockSize = int | str | Sequence[int]
 AUTO_SIZES = (256, 128, 64, 32, 16)
-SCOPES = ("global", "per_kind", "per_matrix")
 _RANDOM = "random"
+_log = logging.getLogger("thrifty")
 
 
 def auto_block_size(numbers: int) -> int:
@@ -63,43 +67,6 @@ def _block_numbers(shape: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
     return (rows[:, None] * columns).expand(*shape[:-2], len(rows), len(columns))
 
 
-def _best(scores: Tensor, sizes: Tensor, ceiling: int) -> Tensor:
-    """Positions of the best blocks, best first, as many as fit under `ceiling` (ties: the earlier block)."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    spent = sizes[order].cumsum(0)
-    n = int((spent <= ceiling).sum())
-    left = ceiling - (int(spent[n - 1]) if n else 0)
-    kept, smallest = [order[:n]], int(sizes.min()) if len(sizes) else 0
-    for position in order[n:]:  # what is left buys no block of full size: at most the smaller ones of an edge
-        if left < smallest:
-            break
-        if int(sizes[position]) <= left:
-            left -= int(sizes[position])
-            kept.append(position[None])
-    return torch.cat(kept)
-
-
-def _best_per_matrix(scores: Tensor, sizes: Tensor, matrix: Tensor, ceiling: int) -> Tensor:
-    """The best of each matrix in proportion to its size, at least one each while the ceiling allows."""
-    total, kept, extra = int(sizes.sum()), [], []
-    for m in matrix.unique().tolist():
-        here = (matrix == m).nonzero()[:, 0]
-        share = ceiling * int(sizes[here].sum()) // total
-        best = here[_best(scores[here], sizes[here], share)]
-        kept.append(best)
-        extra.append((len(best) > 0, int(sizes[best].sum()) - share, m))
-    left = ceiling - sum(int(sizes[k].sum()) for k in kept)
-    taken = torch.cat(kept)
-    for _, _, m in sorted(extra):  # matrices without a block first, then those furthest below their share
-        fitting = ((matrix == m) & (sizes <= left)).nonzero()[:, 0]
-        fitting = fitting[~torch.isin(fitting, taken)]
-        if len(fitting):
-            position = fitting[torch.argmax(scores[fitting])]
-            left -= int(sizes[position])
-            kept.append(position[None])
-    return torch.cat(kept)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TopBlocks:
     """The blocks with the highest `score`, chosen under the budget within each `scope`.
@@ -107,12 +74,18 @@ class TopBlocks:
     score: `abs_grad` mean |g| over units and numbers (the paper's), `signed_grad` |mean g|, `squared_grad` mean g²,
     `weight_times_grad` mean |w g|, `random` (seeded, no probe). scope: `global`; `per_kind` (attention, MLP, others,
     each its share of the budget by size); `per_matrix`.
+
+    input_budget: None, or a share (0.1, "10%") of all distinct input columns of the target linear layers, which
+    backward may keep. Then strips of an input, as wide as a block, come first, by the sum of the statistic over all
+    matrices that read the input, within the same scope (of inputs for `per_matrix`); then blocks inside them. Stacked
+    experts, tied weights and the output head keep their whole input in any case: their blocks are not restricted.
     """
 
     score: str = "abs_grad"
     scope: str = "global"
     block_size: BlockSize = "auto"
     target_modules: str | Sequence[str] = "all-linear"
+    input_budget: float | str | None = None
 
     def __post_init__(self) -> None:
         if self.score not in STATISTICS and self.score != _RANDOM:
@@ -120,6 +93,8 @@ class TopBlocks:
         if self.scope not in SCOPES:
             raise ThriftyError(unknown("scope", str(self.scope), SCOPES))
         block_shape(self.block_size, Target("", (1, 1)), numbers=1)
+        if self.input_budget is not None:
+            share_of(self.input_budget, key="input_budget")
 
     @property
     def statistics(self) -> frozenset[str]:
@@ -131,7 +106,7 @@ class TopBlocks:
         return {name: block_shape(self.block_size, target, numbers=numbers) for name, target in chosen.items()}
 
     def check(self, model: nn.Module, budget: Budget | None) -> None:
-        """ThriftyError where no target matches or the budget buys no block; before any gradient is taken."""
+        """ThriftyError where no target matches or a budget buys nothing; before any gradient is taken."""
         budget = budget or Budget(fraction=0.01)
         parameters = dict(model.named_parameters())
         grids = self.grids(model, budget)
@@ -141,22 +116,36 @@ class TopBlocks:
                 f"budget {budget} ({budget.numbers(model):,} numbers) buys no block, the smallest holds {smallest:,}: "
                 f"raise budget to at least {smallest} or lower block_size"
             )
+        if self.input_budget is not None:  # at most this many columns: some of these inputs may be the same
+            alone = [Input((target,)) for _, target in strip_linears(model, grids).values()]
+            check_input_budget(self._input_share, alone, grids)
+
+    @property
+    def _input_share(self) -> float:
+        return share_of(self.input_budget, key="input_budget")
 
     def select(self, model: nn.Module, *, probe: Probe | None, budget: Budget | None, seed: int) -> Plan:
-        """The plan: best blocks first, never more than the budget."""
+        """The plan: best blocks first, never more than the budgets."""
         self.check(model, budget)
         budget = budget or Budget(fraction=0.01)
         parameters, grids = dict(model.named_parameters()), self.grids(model, budget)
         counts = {name: _block_numbers(tuple(parameters[name].shape), grid) for name, grid in grids.items()}
         generator = torch.Generator().manual_seed(seed)
-        scores = []
+        scores: dict[str, Tensor] = {}
         for name, count in counts.items():
             if self.score == _RANDOM:
-                scores.append(torch.rand(count.shape, generator=generator, dtype=torch.float64))
+                scores[name] = torch.rand(count.shape, generator=generator, dtype=torch.float64)
             else:
                 assert probe is not None
-                scores.append(probe.mean(self.score, name, sizes=count.to(parameters[name].device)).cpu())
-        picked = self._pick(torch.cat([s.flatten() for s in scores]), counts, ceiling=budget.numbers(model))
+                scores[name] = probe.mean(self.score, name, sizes=count.to(parameters[name].device)).cpu()
+        inputs: Sequence[Input] = () if probe is None else probe.inputs
+        inside = {name: torch.ones(count.shape, dtype=torch.bool) for name, count in counts.items()}
+        if self.input_budget is not None:
+            inputs = same_inputs(model, grids) if probe is None else inputs
+            means = generator if self.score == _RANDOM else scores
+            strips = Strips.of(inputs, grids=grids, counts=counts, means=means, scope=self.scope)
+            inside = self._inside(strips, budget=budget, numbers=budget.numbers(model))
+        picked = self._pick(scores, counts, inside, ceiling=budget.numbers(model))
         if not len(picked):
             raise ThriftyError(
                 f"budget {budget}, split by scope {self.scope!r}, buys no block: raise budget, lower block_size, "
@@ -169,22 +158,50 @@ class TopBlocks:
             start += count.numel()
             if len(here):
                 regions[name] = Blocks(grids[name], torch.stack(torch.unravel_index(here, count.shape), dim=1))
-        return Plan.of(model, regions)
+        plan = Plan.of(model, regions)
+        return Plan.of(model, regions, kept_columns=kept_inputs(plan, inputs)) if inputs else plan
 
-    def _pick(self, scores: Tensor, counts: Mapping[str, Tensor], *, ceiling: int) -> Tensor:
-        sizes = torch.cat([count.flatten() for count in counts.values()])
-        if self.scope == "global":
-            return _best(scores, sizes, ceiling)
-        number = {name: i for i, name in enumerate(counts)}
-        matrix = torch.cat([torch.full((count.numel(),), number[name]) for name, count in counts.items()])
-        if self.scope == "per_matrix":
-            return _best_per_matrix(scores, sizes, matrix, ceiling)
-        kinds = {
-            kind: torch.tensor([i for n, i in number.items() if kind_of(n) == kind]) for kind in map(kind_of, counts)
-        }
-        kept = []
-        for members in kinds.values():
-            here = torch.isin(matrix, members).nonzero()[:, 0]
-            share = ceiling * int(sizes[here].sum()) // int(sizes.sum())
-            kept.append(here[_best(scores[here], sizes[here], share)])
-        return torch.cat(kept)
+    def _inside(self, strips: Strips, *, budget: Budget, numbers: int) -> dict[str, Tensor]:
+        """By parameter, the blocks inside the chosen strips; warns where they hold less than the budget."""
+        check_input_budget(self._input_share, strips.inputs, strips.grids)
+        columns = columns_of(strips.inputs, self._input_share)
+        wanted = min(numbers, sum(int(count.sum()) for count in strips.counts.values()))
+        if (room := strips.room(columns)) < wanted:
+            _log.warning(
+                "input_budget %g%% keeps strips that hold %s of the %s numbers that budget %s allows: all of those are "
+                "trained; to spend the whole budget raise input_budget to %s",
+                100 * self._input_share,
+                f"{room:,}",
+                f"{wanted:,}",
+                budget,
+                strips.smallest(wanted),
+            )
+        inside = strips.inside(columns)
+        without = [name for name, here in inside.items() if not bool(here.any())]
+        if without and self.scope == "per_matrix":
+            _log.warning(
+                "input_budget %g%% buys no strip for the inputs of %d of %d matrices, first %s: they are not trained; "
+                "raise input_budget or lower the columns of block_size",
+                100 * self._input_share,
+                len(without),
+                len(inside),
+                without[0],
+            )
+        return inside
+
+    def _pick(
+        self, scores: Mapping[str, Tensor], counts: Mapping[str, Tensor], inside: Mapping[str, Tensor], *, ceiling: int
+    ) -> Tensor:
+        """Positions among all blocks, matrix after matrix."""
+        allowed = torch.cat([inside[name].flatten() for name in counts]).nonzero()[:, 0]
+        owner = torch.repeat_interleave(torch.tensor([count.numel() for count in counts.values()]))
+        chosen = pick(
+            torch.cat([scores[name].flatten() for name in counts])[allowed],
+            torch.cat([count.flatten() for count in counts.values()])[allowed],
+            owner=owner[allowed],
+            kinds=[kind_of(name) for name in counts],
+            whole=[int(count.sum()) for count in counts.values()],
+            scope=self.scope,
+            ceiling=ceiling,
+        )
+        return allowed[chosen]

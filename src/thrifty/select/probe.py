@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import ThriftyError
 from ..data.units import units
 from ..kernels.region_grad import block_sums
+from .inputs import Input, watch_inputs
 
 __all__ = ["STATISTICS", "Loss", "Probe", "model_loss", "run_probe"]
 
@@ -45,9 +46,10 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 @dataclass
 class Probe:
     """Sums of each statistic: `sums[statistic][parameter]`, float64 `[..., block rows, block columns]`, over
-    `units`."""
+    `units`. `inputs`: which linear layers among the parameters read the same input."""
 
     sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    inputs: tuple[Input, ...] = ()
     units: int = 0
     seconds: float = 0.0
 
@@ -129,7 +131,7 @@ def run_probe(
         return hook
 
     probe.sums = {statistic: {} for statistic in wanted}
-    with _only(model, grids) as chosen, torch.enable_grad():
+    with _only(model, grids) as chosen, watch_inputs(model, grids) as inputs, torch.enable_grad():
         try:
             hooks = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in chosen.items()]
             for unit in units(batches, rows=rows):
@@ -144,6 +146,7 @@ def run_probe(
         finally:
             for hook in hooks:
                 hook.remove()
+    probe.inputs = inputs()
     if probe.units == 0:
         raise ThriftyError(
             "the probe saw no label: batches is empty or every label is -100; check the data and max_length"

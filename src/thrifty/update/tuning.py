@@ -226,5 +226,5 @@ def attach_with(
             seconds = probe.seconds
         plan = part.select.select(model, probe=probe, budget=limit, seed=seed)
     else:
-        plan = Plan.of(model, plan)
+        plan = Plan.of(model, plan, kept_columns=plan.kept_columns)
     return Tuning(model, method, plan, seed=seed, probe_seconds=seconds)
