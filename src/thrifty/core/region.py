@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -123,6 +123,7 @@ class Blocks:
 
     shape: tuple[int, int]
     index: Tensor
+    _groups: dict[tuple[int, int], tuple[BlockGroup, ...]] = field(init=False, repr=False)
     kind: ClassVar[str] = "blocks"
 
     def __post_init__(self) -> None:
@@ -136,6 +137,7 @@ class Blocks:
             raise ThriftyError(f"{len(index) - len(unique)} blocks are listed twice: list each block once")
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
         object.__setattr__(self, "index", unique)
+        object.__setattr__(self, "_groups", {})  # by matrix shape: asked for at every write, and by compiled code
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Blocks) and self.shape == other.shape and torch.equal(self.index, other.index)
@@ -145,7 +147,12 @@ class Blocks:
 
     def groups(self, shape: Sequence[int]) -> tuple[BlockGroup, ...]:
         """The blocks by actual size, in packed order."""
-        out, columns = int(shape[-2]), int(shape[-1])
+        key = (int(shape[-2]), int(shape[-1]))
+        if key not in self._groups:
+            self._groups[key] = self._grouped(*key)
+        return self._groups[key]
+
+    def _grouped(self, out: int, columns: int) -> tuple[BlockGroup, ...]:
         (h, w), index = self.shape, self.index
         expert = index[:, 0] if index.shape[1] == 3 else torch.zeros(len(index), dtype=torch.int64)
         row, col = index[:, -2] * h, index[:, -1] * w

@@ -20,19 +20,21 @@ __all__ = ["seeing_class"]
 class _See(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, weight: Tensor, part: Part) -> Tensor:
-        ctx.part, ctx.stamp = part, part.stamp
+        compiling = torch.compiler.is_compiling()  # then the stamp would be a constant, compiled again at each step
+        ctx.part, ctx.stamp = (None, 0) if compiling else (part, part.stamp)
+        ctx.region = part.region
         ctx.leaf_dtype, ctx.leaf_shape = leaf.dtype, leaf.shape
         return weight.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.part.stamp != ctx.stamp:
+        if ctx.part is not None and ctx.part.stamp != ctx.stamp:
             raise RuntimeError(
                 f"the trained values of {ctx.part.name} changed between this forward and its backward: "
                 "call backward before the optimizer's step, or run the forward again"
             )
-        return ctx.part.region.gather(d_weight).to(ctx.leaf_dtype).view(ctx.leaf_shape), None, None
+        return ctx.region.gather(d_weight).to(ctx.leaf_dtype).view(ctx.leaf_shape), None, None
 
 
 def _property(attribute: str) -> property:
