@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from thrifty.core.region import Blocks
-from thrifty.kernels.region_grad import StripGroup, region_grad, region_grad_dense
+from thrifty.kernels.region_grad import Layout, StripGroup, region_grad, region_grad_dense
 
 
-def strip_groups(region: Blocks, shape: tuple[int, int]) -> tuple[StripGroup, ...]:
-    """The groups over a strip of all columns."""
-    return tuple(
+def layout_of(region: Blocks, shape: tuple[int, int]) -> Layout:
+    """The blocks over a strip of all columns."""
+    return Layout(
         StripGroup(h=g.h, w=g.w, rows=tuple(g.rows.tolist()), slots=tuple(g.cols.tolist()), offset=g.offset)
         for g in region.groups(shape)
     )
@@ -39,10 +39,10 @@ def test_the_blocks_of_the_dense_product(case: tuple[Blocks, tuple[int, int], in
     generator = torch.Generator().manual_seed(out * 100 + columns)
     dy = torch.randn(tokens, out, generator=generator, dtype=torch.float64).to(dtype)
     x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64).to(dtype)
-    groups = strip_groups(region, (out, columns))
+    layout = layout_of(region, (out, columns))
     leaf_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    fast = region_grad(dy, x, groups, dtype=leaf_dtype)
-    twin = region_grad_dense(dy, x, groups, dtype=leaf_dtype)
+    fast = region_grad(dy, x, layout, dtype=leaf_dtype)
+    twin = region_grad_dense(dy, x, layout, dtype=leaf_dtype)
     exact = region.gather(dy.double().t() @ x.double()).flatten()
     assert fast.dtype == twin.dtype == leaf_dtype
     assert fast.shape == twin.shape == exact.shape
@@ -56,12 +56,12 @@ def test_strided_inputs() -> None:
     dy, x = torch.randn(8, 6).t(), torch.randn(6, 18)[:, ::2]
     expected = region.gather(dy.t() @ x).flatten()
     for form in (region_grad, region_grad_dense):
-        torch.testing.assert_close(form(dy, x, strip_groups(region, shape), dtype=torch.float32), expected)
+        torch.testing.assert_close(form(dy, x, layout_of(region, shape), dtype=torch.float32), expected)
 
 
 def test_no_group_gives_nothing() -> None:
     for form in (region_grad, region_grad_dense):
-        assert form(torch.ones(3, 2), torch.ones(3, 2), (), dtype=torch.float32).shape == (0,)
+        assert form(torch.ones(3, 2), torch.ones(3, 2), Layout(()), dtype=torch.float32).shape == (0,)
 
 
 class Largest(TorchDispatchMode):
@@ -78,10 +78,10 @@ class Largest(TorchDispatchMode):
 def test_the_dense_product_is_never_made(size: tuple[int, int]) -> None:
     region, shape = Blocks(size, torch.tensor([[0, 0]])), (256, 256)
     dy, x = torch.randn(20, 256), torch.randn(20, 256)
-    groups = strip_groups(region, shape)
+    layout = layout_of(region, shape)
     with Largest() as fast:
-        region_grad(dy, x, groups, dtype=torch.float32)
+        region_grad(dy, x, layout, dtype=torch.float32)
     with Largest() as twin:
-        region_grad_dense(dy, x, groups, dtype=torch.float32)
+        region_grad_dense(dy, x, layout, dtype=torch.float32)
     assert twin.numbers == 256 * 256  # the mode sees what it should
     assert fast.numbers <= 20 * 256

@@ -6,74 +6,50 @@ start in O and its columns start in U. Products run in the dtype of `dy`; the pa
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-__all__ = ["StripGroup", "block_sums", "region_grad", "region_grad_dense"]
+from .region_ways import StripGroup, Way, choose
 
-_SMALL = 32 * 32  # blocks below this size are computed a line at a time: one call each would cost more than its product
-
-
-@dataclass(frozen=True)
-class StripGroup:
-    """Blocks of one size: `rows[k]` starts block k among the outputs, `slots[k]` among the strip's columns."""
-
-    h: int
-    w: int
-    rows: tuple[int, ...]
-    slots: tuple[int, ...]
-    offset: int
-
-    @property
-    def numbers(self) -> int:
-        return len(self.rows) * self.h * self.w
+__all__ = ["Layout", "StripGroup", "block_sums", "region_grad", "region_grad_dense"]
 
 
-def _by_block(dy_TO: Tensor, x_TU: Tensor, group: StripGroup, out: Tensor) -> None:
-    dy_OT, h, w = dy_TO.t(), group.h, group.w
-    for k, (row, slot) in enumerate(zip(group.rows, group.slots, strict=True)):
-        torch.mm(dy_OT[row : row + h], x_TU[:, slot : slot + w], out=out[k])
+class Layout:
+    """Where the blocks of one matrix lie in a strip, and everything about computing them that does not depend on
+    values: made once, used by every backward."""
+
+    def __init__(self, groups: Iterable[StripGroup]) -> None:
+        self.groups = tuple(groups)
+        self.numbers = sum(group.numbers for group in self.groups)
+        self._ways = {torch.device("cpu"): tuple(choose(group) for group in self.groups)}
+
+    def ways(self, device: torch.device) -> tuple[Way, ...]:
+        """One for each group, with their index tensors on `device`: copied there once."""
+        if device in self._ways:
+            return self._ways[device]
+        ways = tuple(way.to(device) for way in self._ways[torch.device("cpu")])
+        if not torch.compiler.is_compiling():
+            self._ways[device] = ways
+        return ways
 
 
-def _by_line(a_TA: Tensor, b_TB: Tensor, *, a: Sequence[int], b: Sequence[int], h: int, w: int, out: Tensor) -> None:
-    """One product for all blocks that share a start in `b`: gathers their `a` columns side by side. `out`: [n, h,
-    w]."""
-    lines: dict[int, list[int]] = defaultdict(list)
-    for k, start in enumerate(b):
-        lines[start].append(k)
-    starts = torch.tensor(a)
-    arange = torch.arange(h)
-    for start, blocks in lines.items():
-        index = (starts[blocks][:, None] + arange).flatten().to(a_TA.device)
-        product = a_TA.index_select(1, index).t() @ b_TB[:, start : start + w]
-        out[blocks] = product.view(len(blocks), h, w)
-
-
-def region_grad(dy_TO: Tensor, x_TU: Tensor, groups: Sequence[StripGroup], *, dtype: torch.dtype) -> Tensor:
+def region_grad(dy_TO: Tensor, x_TU: Tensor, layout: Layout, *, dtype: torch.dtype) -> Tensor:
     """Packed gradient `[size]` of the blocks: `dy[:, rows_k]^T x[:, cols_k]` for each block k."""
-    packed = dy_TO.new_empty(sum(group.numbers for group in groups))
-    for group in groups:
-        h, w, n = group.h, group.w, len(group.rows)
-        out = packed[group.offset : group.offset + group.numbers].view(n, h, w)
-        if h * w >= _SMALL and min(h, w) >= 16:
-            _by_block(dy_TO, x_TU, group, out)
-        elif len(set(group.slots)) <= len(set(group.rows)):
-            _by_line(dy_TO, x_TU, a=group.rows, b=group.slots, h=h, w=w, out=out)
-        else:
-            _by_line(x_TU, dy_TO, a=group.slots, b=group.rows, h=w, w=h, out=out.transpose(1, 2))
+    packed = dy_TO.new_empty(layout.numbers)
+    for group, way in zip(layout.groups, layout.ways(dy_TO.device), strict=True):
+        out = packed[group.offset : group.offset + group.numbers].view(len(group.rows), group.h, group.w)
+        way.into(dy_TO, x_TU, out)
     return packed.to(dtype)
 
 
-def region_grad_dense(dy_TO: Tensor, x_TU: Tensor, groups: Sequence[StripGroup], *, dtype: torch.dtype) -> Tensor:
+def region_grad_dense(dy_TO: Tensor, x_TU: Tensor, layout: Layout, *, dtype: torch.dtype) -> Tensor:
     """The plain twin of `region_grad`: the dense product over the strip, then the blocks cut out of it."""
     dense = dy_TO.t() @ x_TU
     pieces = [
         dense[row : row + g.h, slot : slot + g.w].flatten()
-        for g in groups
+        for g in layout.groups
         for row, slot in zip(g.rows, g.slots, strict=True)
     ]
     return torch.cat(pieces).to(dtype) if pieces else dense.new_empty(0, dtype=dtype)

@@ -38,7 +38,7 @@ class _InPlace(torch.autograd.Function):
             strip = take(x, part.member, dtype=y.dtype)
         ctx.save_for_backward(strip)
         # not saved for backward: rewriting the same values into W would raise "modified by an inplace operation"
-        ctx.weight, ctx.groups = weight, part.member.groups
+        ctx.weight, ctx.layout = weight, part.member.layout
         ctx.part, ctx.stamp = (None, 0) if compiling else (part, part.stamp)
         ctx.x_dtype = x.dtype
         ctx.leaf_shape, ctx.leaf_dtype = leaf.shape, leaf.dtype
@@ -61,7 +61,7 @@ class _InPlace(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             (strip_TU,) = ctx.saved_tensors
             left, right = (strip_TU, dy_TO) if ctx.transposed else (dy_TO, strip_TU)
-            d_leaf = region_grad(left, right, ctx.groups, dtype=ctx.leaf_dtype).view(ctx.leaf_shape)
+            d_leaf = region_grad(left, right, ctx.layout, dtype=ctx.leaf_dtype).view(ctx.leaf_shape)
         if ctx.needs_input_grad[3]:
             d_bias = dy_TO.sum(0)
         return dx, d_leaf, None, d_bias, None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.region import BlockGroup
-from ..kernels.region_grad import StripGroup
+from ..kernels.region_grad import Layout, StripGroup
 
 __all__ = ["Member", "Strips", "merge_pending"]
 
@@ -42,7 +42,7 @@ class Member:
         """Point the blocks at the columns of `strips`."""
         self.strips = strips
         self.enlist()
-        self.groups = tuple(
+        self.layout = Layout(
             StripGroup(
                 h=g.h,
                 w=g.w,
