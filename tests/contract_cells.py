@@ -59,6 +59,9 @@ _MERGED = {"float32": 5e-5, "float32+bf16": 5e-5, "bfloat16": 0.3}
 METHODS = {
     # sizes that divide none of 20, 40, 72, 120, so that every matrix has ragged edges
     "smt": Row(method={"smt": {"block_size": 14}}, budget=0.02, probes=True),
+    "strip_first": Row(
+        method={"smt": {"block_size": [14, 6], "scope": "per_kind", "input_budget": "12%"}}, budget=0.02, probes=True
+    ),
     "random_blocks": Row(method={"random_blocks": {"block_size": [7, 11]}}, budget=0.02),
     "full": Row(method="full"),
     "lora": Row(method={"peft": {"peft_type": "LORA", "r": 2}}, exact=False, tolerance=_MERGED),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["block_scores", "candidates", "greedy", "unit_gradients"]
+__all__ = ["Scored", "block_scores", "candidates", "greedy", "inside_strips", "unit_gradients"]
 
 Batch = Mapping[str, Tensor]
+Scored = list[tuple[float, int, str, tuple[int, ...]]]  # score, numbers, parameter, block index
 
 
 def candidates(model: nn.Module) -> dict[str, bool]:
@@ -53,7 +54,7 @@ def _score(score: str, gradients: list[Tensor], weight: Tensor) -> float:
 
 def block_scores(
     model: nn.Module, units: list[dict[str, Tensor]], *, score: str, size: tuple[int, int], names: Mapping[str, bool]
-) -> list[tuple[float, int, str, tuple[int, ...]]]:
+) -> Scored:
     """(score, numbers, parameter, block index) of every block of `size` (outputs, inputs)."""
     found = []
     for name, transposed in names.items():
@@ -70,7 +71,7 @@ def block_scores(
     return found
 
 
-def greedy(blocks: list[tuple[float, int, str, tuple[int, ...]]], ceiling: int) -> dict[str, set[tuple[int, ...]]]:
+def greedy(blocks: Scored, ceiling: int) -> dict[str, set[tuple[int, ...]]]:
     """The best blocks, each taken if it still fits."""
     chosen: dict[str, set[tuple[int, ...]]] = {}
     for _, numbers, name, index in sorted(blocks, key=lambda block: -block[0]):
@@ -78,3 +79,34 @@ def greedy(blocks: list[tuple[float, int, str, tuple[int, ...]]], ceiling: int) 
             ceiling -= numbers
             chosen.setdefault(name, set()).add(index)
     return chosen
+
+
+def inside_strips(
+    model: nn.Module, blocks: Scored, *, groups: Sequence[Sequence[str]], names: Mapping[str, bool], share: float
+) -> Scored:
+    """The blocks in the best strips that `share` of the distinct columns buys, and those in no group's matrices.
+
+    groups: the parameters that read each input. The score of a strip: its blocks' sums, per column.
+    """
+    group_of = {name: i for i, group in enumerate(groups) for name in group}
+
+    def place(block: tuple[float, int, str, tuple[int, ...]]) -> tuple[int, int]:
+        return group_of[block[2]], block[3][0 if names[block[2]] else 1]
+
+    def inputs(name: str) -> int:
+        return model.get_parameter(name).shape[0 if names[name] else 1]
+
+    def outputs(name: str) -> int:
+        return model.get_parameter(name).shape[1 if names[name] else 0]
+
+    sums: dict[tuple[int, int], float] = {}
+    widths: dict[tuple[int, int], int] = {}
+    for block in blocks:
+        if block[2] in group_of:
+            at, first = place(block), block[2] == groups[place(block)[0]][0]
+            sums[at] = sums.get(at, 0.0) + block[0] * block[1]
+            widths[at] = widths.get(at, 0) + (block[1] if first else 0)
+    widths = {at: numbers // outputs(groups[at[0]][0]) for at, numbers in widths.items()}
+    strips = [(total / widths[at], widths[at], "strip", at) for at, total in sums.items()]
+    best = greedy(strips, int(share * sum(inputs(group[0]) for group in groups))).get("strip", set())
+    return [block for block in blocks if block[2] not in group_of or place(block) in best]

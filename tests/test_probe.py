@@ -67,14 +67,18 @@ def test_live_gradients_never_exceed_the_largest_matrix(family: str, monkeypatch
     assert sum(p.grad.nbytes for p in model.parameters()) > 10 * largest
 
 
+def hooks(model: nn.Module) -> list[list[int]]:
+    return [[*m._forward_pre_hooks, *m._forward_hooks, *m._backward_hooks] for m in model.modules()]
+
+
 def snapshot(model: nn.Module) -> list[Any]:
     weights = [(n, p, p.detach().clone(), p.requires_grad, p.grad) for n, p in model.named_parameters()]
     modules = [(m, type(m), m.training, dict(m.__dict__)) for m in model.modules()]
-    return [weights, modules, [list(m._forward_hooks) + list(m._backward_hooks) for m in model.modules()]]
+    return [weights, modules, hooks(model)]
 
 
 def check_same(model: nn.Module, before: list[Any]) -> None:
-    weights, modules, hooks = before
+    weights, modules, before_hooks = before
     for (name, p), (old_name, old, values, requires, grad) in zip(model.named_parameters(), weights, strict=True):
         assert (name, p.requires_grad) == (old_name, requires)
         assert p is old
@@ -86,7 +90,7 @@ def check_same(model: nn.Module, before: list[Any]) -> None:
         assert type(module) is kind
         assert module.training is training
         assert module.__dict__.keys() == state.keys()
-    assert [list(m._forward_hooks) + list(m._backward_hooks) for m in model.modules()] == hooks
+    assert hooks(model) == before_hooks
 
 
 def prepared() -> tuple[nn.Module, list[Any]]:
@@ -138,6 +142,8 @@ FIRST = GOOD[0] | {"labels": torch.full((4, 9), -100).index_fill(1, torch.tensor
         ("smt", 2, GOOD, "buys no block, the smallest holds"),
         ("smt", 1.5, GOOD, "budget 1.5 is neither a share"),
         ("smtt", 0.02, GOOD, "unknown method 'smtt'; did you mean 'smt'"),
+        ({"smt": {"input_budget": 0.02}}, 0.5, GOOD, r"input_budget 2% \(7 of 384 input columns\) buys no strip"),
+        ({"random_blocks": {"input_budget": 0.02}}, 0.5, None, "raise input_budget to at least 2.084%"),
         ({"smt": {"target_modules": ["none"]}}, 0.02, GOOD, "unknown module 'none'"),
         ("full", 0.5, None, "method 'full' trains"),
         ({"peft": {"r": 8}}, 0.001, None, "lower its rank"),

@@ -88,6 +88,22 @@ def test_per_matrix_takes_the_best_of_every_matrix_in_proportion(family: str) ->
     assert 0.9 * ceiling <= plan.trainable_parameters <= ceiling
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("block_size", "size"), [("column", (10**6, 1)), ("row", (1, 10**6))])
+def test_per_matrix_gives_every_matrix_its_best_columns_or_rows(
+    block_size: str, size: tuple[int, int], family: str
+) -> None:
+    model, data, units = setup(family)
+    names = candidates(model)
+    plan = plan_of(family, data, budget=0.1, scope="per_matrix", block_size=block_size)
+    blocks = block_scores(model, units, score="abs_grad", size=size, names=names)
+    assert set(plan) == set(names)
+    for name, region in plan.items():
+        own = sorted((block for block in blocks if block[2] == name), reverse=True)
+        assert {tuple(i) for i in region.index.tolist()} == {block[3] for block in own[: len(region.index)]}, name
+    assert 0.9 * 0.1 <= plan.trainable_share <= 0.1
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_the_plan_does_not_depend_on_how_rows_are_batched(score: str) -> None:
     _, data, _ = setup("llama")
