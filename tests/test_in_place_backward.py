@@ -191,10 +191,6 @@ def test_backward_stops_early_with_gradient_checkpointing() -> None:
     for leaf in tuning.parameters():
         leaf.grad = None
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert entered(model, batch) == [0, 1, 2, 3, 4]  # transformers made the embeddings' output require a gradient
-    model.disable_input_require_grads()
-    for leaf in tuning.parameters():
-        leaf.grad = None
     recomputed: list[int] = []
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_hook(lambda *_, i=i: recomputed.append(i))

@@ -17,6 +17,7 @@ from ..core.plan import Plan
 from ..delta import Delta, Piece, fingerprint
 from ..select.probe import Loss, model_loss, run_probe
 from .base import base_tensors, can_read_base
+from .early_stop import allow_early_stop, as_before
 from .part import Part
 from .peer import PeerTuning, attach_peer
 from .place import place, take_off
@@ -38,6 +39,7 @@ class Tuning:
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         keep = plan.trainable_share < _KEEP_SHARE or not can_read_base(model)
         self._parts: dict[str, Part] = place(model, plan, keep_originals=keep)
+        self._input_grads = allow_early_stop(model)
         self._marks = {name: _mark(part.leaf) for name, part in self._parts.items() if part.in_leaf}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -114,6 +116,7 @@ class Tuning:
     def finish(self) -> nn.Module:
         """Plain modules with the trained weights, `requires_grad` as before: the model object that was attached."""
         take_off(self.model, self._live())
+        as_before(self.model, self._input_grads)
         self._parts = {}
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._required.get(name, p.requires_grad))
