@@ -7,6 +7,7 @@ start in O and its columns start in U. Products run in the dtype of `dy`; the pa
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from .region_ways import StripGroup, Way, choose
 
 __all__ = ["Layout", "StripGroup", "block_sums", "region_grad", "region_grad_dense"]
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class Layout:
@@ -29,7 +32,12 @@ class Layout:
         """One for each group, with their index tensors on `device`: copied there once."""
         if device in self._ways:
             return self._ways[device]
-        ways = tuple(way.to(device) for way in self._ways[torch.device("cpu")])
+        ways = self._ways[torch.device("cpu")]
+        if device.type == "cuda" and _HAS_TRITON:
+            from .triton_region_grad import on_gpu  # here, because importing thrifty must not import triton
+
+            ways = tuple(on_gpu(group, way) for group, way in zip(self.groups, ways, strict=True))
+        ways = tuple(way.to(device) for way in ways)
         if not torch.compiler.is_compiling():
             self._ways[device] = ways
         return ways

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor
 
 __all__ = ["StripGroup", "Way", "choose"]
 
-# Measured on one AVX-512 core in float32 (docs/performance.md): the two other ways take about 1 + 16 / min(h, w) times
-# an ideal product's time, so one product over everything wins where the blocks fill more than the inverse of it.
-_GRID = 16
-_PER_LINE = 2.0  # blocks of a line that pay for gathering their side
-_LINE_SIDE = 64  # blocks with longer sides run at full speed one by one
-_WIDE = 16  # a product's last side should not be narrower than this: BLAS puts its vectors along it
+# Measured on one AVX-512 core (docs/performance.md).
+_NARROW = 16  # blocks narrower than this never go one by one; a product is turned so that such a side is not its last
+_LONG = 64  # blocks with longer sides run at full speed one by one
+_PER_LINE = 2  # blocks of a line that pay for gathering them
+_ONE = 16  # lines with a shared side s take about 1 + 16 / s times an ideal product, which one product over all avoids
+_BY_SLOT = 4  # lines along rows are faster at the same number of lines, but not at four times as many
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Runs:
     @classmethod
     def of(cls, starts: Sequence[int], size: int) -> Runs:
         width = len(starts) * size
-        if all(b == a + size for a, b in zip(starts, starts[1:])):
+        if all(b == a + size for a, b in pairwise(starts)):
             return cls(starts[0], width, size, None)
         piece = math.gcd(size, *starts)
         index = torch.tensor(starts)[:, None] + torch.arange(0, size, piece)
@@ -79,7 +80,7 @@ class Runs:
         return a_TA[:, : pieces * self.piece].unflatten(1, (pieces, self.piece)).index_select(1, self.index).flatten(1)
 
     def to(self, device: torch.device) -> Runs:
-        return Runs(self.start, self.width, self.piece, None if self.index is None else self.index.to(device))
+        return self if self.index is None else replace(self, index=self.index.to(device))
 
 
 @dataclass(frozen=True)
@@ -99,44 +100,56 @@ class BlockByBlock:
 
 @dataclass(frozen=True)
 class LineByLine:
-    """One product for all blocks of a line (same row start, or same column start): their other sides side by side."""
+    """One product for all blocks of a line (same row start, or same column start), their other sides put together."""
 
     h: int
     w: int
     by_row: bool
-    lines: tuple[tuple[int, Runs], ...]  # where the shared side starts, the other sides
+    side: Runs  # the other side's runs, each once
+    index: Tensor  # [n] which of them each block has, in line order
+    lines: tuple[tuple[int, int], ...]  # where the shared side starts, how many blocks
     order: Tensor | None  # packed order from line order; None where they are the same
 
     @classmethod
     def of(cls, group: StripGroup, *, by_row: bool) -> LineByLine:
         shared, other = (group.rows, group.slots) if by_row else (group.slots, group.rows)
-        size = group.w if by_row else group.h
         members: dict[int, list[int]] = defaultdict(list)
         for k, start in enumerate(shared):
             members[start].append(k)
-        lines = tuple((start, Runs.of([other[k] for k in blocks], size)) for start, blocks in members.items())
-        order = torch.tensor([k for blocks in members.values() for k in blocks]).argsort()
-        same = torch.equal(order, torch.arange(len(order)))
-        return cls(group.h, group.w, by_row, lines, None if same else order)
+        line_order = torch.tensor([k for blocks in members.values() for k in blocks])
+        same = torch.equal(line_order, torch.arange(len(line_order)))
+        starts, index = torch.tensor(other).unique(return_inverse=True)
+        return cls(
+            h=group.h,
+            w=group.w,
+            by_row=by_row,
+            side=Runs.of(starts.tolist(), group.w if by_row else group.h),
+            index=index[line_order],
+            lines=tuple((start, len(blocks)) for start, blocks in members.items()),
+            order=None if same else line_order.argsort(),
+        )
 
     def into(self, dy_TO: Tensor, x_TU: Tensor, out: Tensor) -> None:
-        a, b, a_side, b_side = (x_TU, dy_TO, self.w, self.h) if self.by_row else (dy_TO, x_TU, self.h, self.w)
-        n, at, wide = out.shape[0], 0, b_side < _WIDE
-        buffer = a.new_empty((b_side, n * a_side) if wide else (n * a_side, b_side))
-        for start, runs in self.lines:
-            gathered, line, end = runs.take(a), b[:, start : start + b_side], at + runs.width
+        a_TA, b_TB, a, b = (x_TU, dy_TO, self.w, self.h) if self.by_row else (dy_TO, x_TU, self.h, self.w)
+        # tokens innermost: blocks are then gathered in long copies, and BLAS is faster on what is gathered
+        a_kaT = self.side.take(a_TA).t().contiguous().view(self.side.width // a, a, a_TA.shape[0])
+        n, at, wide = len(self.index), 0, b < _NARROW
+        buffer = a_TA.new_empty((b, n * a) if wide else (n * a, b))
+        for start, count in self.lines:
+            gathered = a_kaT.index_select(0, self.index[at : at + count]).flatten(0, 1)
+            line, here = b_TB[:, start : start + b], slice(at * a, (at + count) * a)
             if wide:
-                torch.mm(line.t(), gathered, out=buffer[:, at:end])
+                torch.mm(line.t(), gathered.t(), out=buffer[:, here])
             else:
-                torch.mm(gathered.t(), line, out=buffer[at:end])
-            at = end
-        blocks = buffer.view(b_side, n, a_side).transpose(0, 1) if wide else buffer.view(n, a_side, b_side).mT
+                torch.mm(gathered, line, out=buffer[here])
+            at += count
+        blocks = buffer.view(b, n, a).transpose(0, 1) if wide else buffer.view(n, a, b).mT
         blocks = blocks if self.by_row else blocks.mT
         out.copy_(blocks if self.order is None else blocks.index_select(0, self.order))
 
     def to(self, device: torch.device) -> LineByLine:
-        lines = tuple((start, runs.to(device)) for start, runs in self.lines)
-        return LineByLine(self.h, self.w, self.by_row, lines, None if self.order is None else self.order.to(device))
+        order = None if self.order is None else self.order.to(device)
+        return replace(self, side=self.side.to(device), index=self.index.to(device), order=order)
 
 
 @dataclass(frozen=True)
@@ -166,7 +179,7 @@ class OneProduct:
         a, b, h, w = self.rows.take(dy_TO), self.cols.take(x_TU), self.h, self.w
         down, across = self.rows.width // h, self.cols.width // w
         if self.cols.width < self.rows.width:
-            grid = (b.t() @ a).view(across, w, down, h).permute(2, 0, 3, 1)
+            grid = (b.t().contiguous() @ a).view(across, w, down, h).permute(2, 0, 3, 1)
         else:
             grid = (a.t() @ b).view(down, h, across, w).transpose(1, 2)
         if self.pick is None:
@@ -176,14 +189,16 @@ class OneProduct:
 
     def to(self, device: torch.device) -> OneProduct:
         pick = None if self.pick is None else (self.pick[0].to(device), self.pick[1].to(device))
-        return OneProduct(self.h, self.w, self.rows.to(device), self.cols.to(device), pick)
+        return replace(self, rows=self.rows.to(device), cols=self.cols.to(device), pick=pick)
 
 
 def choose(group: StripGroup) -> Way:
     """The way that is fastest on a CPU for `group`; see the constants for what was measured."""
     n, rows, cols, side = len(group.rows), len(set(group.rows)), len(set(group.slots)), min(group.h, group.w)
-    if n * (1 + _GRID / side) >= rows * cols:
+    by_row = rows <= _BY_SLOT * cols
+    lines, shared = (rows, group.h) if by_row else (cols, group.w)
+    if n * (1 + _ONE / shared) >= rows * cols:
         return OneProduct.of(group)
-    if side <= _LINE_SIDE and n >= _PER_LINE * min(rows, cols):
-        return LineByLine.of(group, by_row=rows <= cols)
+    if side < _NARROW or (side <= _LONG and n >= _PER_LINE * lines):
+        return LineByLine.of(group, by_row=by_row)
     return BlockByBlock(group)
