@@ -26,7 +26,7 @@ _TILE = 64  # longest side of a tile; 16 is the shortest that tl.dot takes
 
 
 @triton.jit
-def _kernel(
+def _kernel(  # type: ignore[no-untyped-def]  # triton reads annotations itself
     dy,
     x,
     rows,
