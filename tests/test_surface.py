@@ -35,6 +35,7 @@ KEYS = [
     "eval",
     "output_dir",
     "max_length",
+    "packing",
     "resume_from_checkpoint",
     "early_stopping_patience",
     "report_to",

@@ -20,7 +20,7 @@ from thrifty.core.registry import get
 from thrifty.delta import Delta
 from thrifty.run.checkpoint import checkpoints
 from thrifty.run.config import load_config
-from thrifty.run.order import RowOrder, row_order
+from thrifty.run.metrics import read_metrics
 from thrifty.run.train import run_training, train
 from thrifty.run.trainer import ThriftyTrainer
 
@@ -98,9 +98,10 @@ def test_the_learning_rate_is_the_methods_own(folder: Path) -> None:
     assert train(config).summary["learning_rate"] == get("smt").learning_rate
 
 
-def test_micro_batches_equal_the_big_batch(folder: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"train_sampling_strategy": "group_by_length"}, {"packing": True}], ids=str)
+def test_micro_batches_equal_the_big_batch(folder: Path, changes: dict[str, Any]) -> None:
     """Rows of uneven length and uneven numbers of labels: only a loss per token makes these equal."""
-    values = []
+    values, losses = [], []
     for rows, accumulation in ((4, 1), (2, 2), (1, 4)):
         train(
             configuration(
@@ -110,26 +111,22 @@ def test_micro_batches_equal_the_big_batch(folder: Path) -> None:
                 optim="sgd",
                 learning_rate=0.1,
                 output_dir=str(folder / f"out{rows}"),
+                logging_steps=1,
+                **changes,
             )
         )
+        losses.append(
+            [line["loss"] for line in read_metrics(folder / f"out{rows}" / "metrics.jsonl") if "loss" in line]
+        )
         values.append(checkpoints(folder / f"out{rows}")[-1].values())
+    assert len(losses[0]) == 10
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-5)
     for other in values[1:]:
         assert other.keys() == values[0].keys()
         for name, value in values[0].items():
             assert value.abs().max() > 1e-4
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-6)
-
-
-def test_row_order() -> None:
-    order = RowOrder(50, seed=3)
-    first = list(order)
-    assert sorted(first) == list(range(50))
-    assert first != list(range(50))
-    torch.manual_seed(9)
-    assert list(RowOrder(50, seed=3)) == first == row_order(50, seed=3, epoch=0)
-    order.set_epoch(1)
-    assert list(order) not in (first, row_order(50, seed=4, epoch=1))
-    assert list(order) == row_order(50, seed=3, epoch=1)
 
 
 def test_checkpointing_differentiates_nothing_below(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

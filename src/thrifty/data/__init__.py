@@ -1,6 +1,7 @@
 """Rows from files and hub ids, the chat template, labels on the answers, batches.
 
-`load` reads sources into `Example`s, `encode_all` turns them into ids and labels, `collate` into batches. What is
+`load` reads sources into `Example`s, `encode_all` turns them into ids and labels, `pack` joins rows, and `collate`
+makes batches. What is
 trained is told in `encode`, the plain form of a conversation where a tokenizer has no chat template in `template`.
 Importing this room does not import torch: a mistake in a run file is told at once.
 """
@@ -17,6 +18,7 @@ from thrifty.data.encode import (
     prompt_and_reference,
     stop_ids,
 )
+from thrifty.data.pack import PackedRows, pack
 from thrifty.data.shapes import Example, answer, options, with_answer
 from thrifty.data.source import Source, load
 from thrifty.data.template import chat_template
@@ -27,6 +29,7 @@ __all__ = [
     "DataReport",
     "Encoded",
     "Example",
+    "PackedRows",
     "Source",
     "answer",
     "chat_prompt",
@@ -38,6 +41,7 @@ __all__ = [
     "encode_options",
     "load",
     "options",
+    "pack",
     "prompt_and_reference",
     "stop_ids",
     "units",

@@ -1,5 +1,6 @@
 """What is minimised: the next-token loss, with logits only where there are labels."""
 
+from thrifty.objective.isolation import check_packing
 from thrifty.objective.next_token import (
     LossPlan,
     install,
@@ -13,6 +14,7 @@ from thrifty.objective.proof import label_only, prepare
 
 __all__ = [
     "LossPlan",
+    "check_packing",
     "install",
     "installed_plan",
     "label_count",

@@ -13,13 +13,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["head_name", "is_plain", "own_logits", "trunk_names", "unwrapped"]
+__all__ = ["evaluation_mode", "head_name", "is_plain", "own_logits", "trunk_names", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model whose forward makes the loss: inside a PEFT wrapper the wrapped one, otherwise the model itself."""
     inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
     return inner
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, no module is in training mode (no dropout); each module's own mode is put back after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def head_name(model: PreTrainedModel) -> str | None:

@@ -165,6 +165,8 @@ def _summed_loss(self: PreTrainedModel, record: _Record, output: Any, targets: T
 
 
 def _own_loss(forward: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    if "position_ids" in given:
+        given = {"use_cache": False, **given}  # with a cache, transformers does not see that rows are packed
     output = forward(**given)
     labels = given["labels"]
     predicted = _targets(given) if labels.dim() > 1 else labels

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from thrifty.kernels.label_loss import IGNORED
-from thrifty.objective.heads import head_name, is_plain, own_logits, trunk_names, unwrapped
+from thrifty.objective.heads import evaluation_mode, head_name, is_plain, own_logits, trunk_names, unwrapped
 from thrifty.objective.next_token import LossPlan, install, installed_plan, label_count, uninstall
 
-__all__ = ["label_only", "prepare"]
+__all__ = ["FOREIGN_ERRORS", "difference", "label_only", "prepare"]
 
 _ROWS, _LENGTH = 2, 64  # of the batch that is compared
 _PROBE_LOGITS = 100.0  # standard deviation of the probe's logits: a soft cap cannot be seen at small ones
 # What foreign code raises when it is called in a way that it does not know.
-_ODD = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, NotImplementedError)
+FOREIGN_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, NotImplementedError)
 
 
 @contextmanager
@@ -48,14 +48,8 @@ def prepare(model: nn.Module, *, sample_batch: Mapping[str, Tensor] | None = Non
     target = unwrapped(model)
     if not isinstance(target, PreTrainedModel):
         return LossPlan(path="own_loss", reason=f"{type(target).__name__} is not a transformers model")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _prove(model, target, _probe_batch(target, sample_batch))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluation_mode(model), torch.no_grad():
+        return _prove(model, target, _probe_batch(target, sample_batch))
 
 
 def _prove(model: nn.Module, target: PreTrainedModel, batch: Mapping[str, Tensor]) -> LossPlan:
@@ -76,7 +70,7 @@ def _prove(model: nn.Module, target: PreTrainedModel, batch: Mapping[str, Tensor
                 loss = model(**batch).loss
             finally:
                 uninstall(model)
-        except _ODD as error:
+        except FOREIGN_ERRORS as error:
             tried.append(f"{trunk}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         if torch.allclose(loss.double(), own.loss.double(), rtol=tolerance, atol=0.0):
@@ -94,9 +88,9 @@ def _candidate(
     logits_TV = target(**inputs).logits.flatten(0, 1)
     output = module(use_cache=False, **inputs)
     hidden_TD = output.last_hidden_state.flatten(0, 1)
-    difference = _difference(own_logits(target.forward, module, type(output), hidden_TD), logits_TV)
-    if not difference <= 2 * tolerance:
-        raise RuntimeError(f"its hidden states give other logits than the model (by up to {difference:.0%})")
+    apart = difference(own_logits(target.forward, module, type(output), hidden_TD), logits_TV)
+    if not apart <= 2 * tolerance:
+        raise RuntimeError(f"its hidden states give other logits than the model (by up to {apart:.0%})")
 
     if not is_plain(linear):
         reason = f"the head is a {type(linear).__name__}, not a plain linear layer: it runs itself, in chunks"
@@ -106,14 +100,15 @@ def _candidate(
     large_TD = (noise_TD * _PROBE_LOGITS / weight_VD[:64].float().norm(dim=1).mean()).to(weight_VD.dtype)
     own_TV = own_logits(target.forward, module, type(output), large_TD)
     fits = large_TD.shape[1] == weight_VD.shape[1]
-    difference = _difference(F.linear(large_TD, weight_VD, linear.bias), own_TV) if fits else 1.0
-    if difference <= 2 * tolerance:
+    apart = difference(F.linear(large_TD, weight_VD, linear.bias), own_TV) if fits else 1.0
+    if apart <= 2 * tolerance:
         return LossPlan(path="plain_head", reason="the logits are the head's, unchanged", trunk=trunk, head=head)
-    reason = f"the model changes its head's input or logits (by up to {difference:.0%}): its own head runs, in chunks"
+    reason = f"the model changes its head's input or logits (by up to {apart:.0%}): its own head runs, in chunks"
     return LossPlan(path="own_head", reason=reason, trunk=trunk, head=head)
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest value in them."""
     one, other = one.float(), other.float()
     return float((one - other).abs().max() / torch.maximum(one.abs(), other.abs()).max())
 

@@ -33,10 +33,11 @@ _BY_OURS = {
     "eval.max_new_tokens": "max_new_tokens",
     "budget": "trainable_share trainable_fraction sparsity density num_trainable_parameters",
     "probe_rows": "probe_batch_size",
+    "packing": "sample_packing pack_dataset neat_packing pack_sequences packed use_packing",
 }
 _ADVICE = {
     "warmup_ratio": "called 'warmup_steps' here: below 1 it is a share of all steps",
-    "group_by_length": "not supported: the order of the rows depends on the seed alone",
+    "group_by_length": "written train_sampling_strategy: group_by_length",
     "val_set_size": "not a setting: name the held-out rows in data.eval (a file, or {path, split})",
     "val_size": "not a setting: name the held-out rows in data.eval (a file, or {path, split})",
     "test_size": "not a setting: name the held-out rows in data.eval (a file, or {path, split})",
@@ -123,7 +124,6 @@ OWNED: dict[str, str] = {
     "torch_compile": "training does not compile the model yet",
     **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), "training does not compile the model yet"),
     "disable_tqdm": "the display is quiet where there is no terminal",
-    "train_sampling_strategy": "the order of the rows depends on the seed alone, so that runs can be resumed",
     "local_rank": "the launcher sets it",
     "length_column_name": "the length of a row is that of its tokens",
 }

@@ -82,6 +82,10 @@ def _check_schedule(config: RunConfig) -> None:
         raise ThriftyError("early_stopping_patience needs evaluations while training: give eval_steps (eval_steps=50)")
     if evaluates and not config.data.eval:
         raise ThriftyError("eval_steps needs data.eval: rows to evaluate on")
+    if config.packing and config.training.get("train_sampling_strategy") == "sequential":
+        raise ThriftyError(
+            "train_sampling_strategy: packing decides which rows meet, so sequential needs packing: false"
+        )
     if config.training.get("eval_on_start"):
         raise ThriftyError("eval_on_start is not to be set: eval.before measures the model before training")
     if keeps_best(config):

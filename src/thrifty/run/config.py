@@ -63,6 +63,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     output_dir: str = "out"
     max_length: int = 1024  # tokens
+    packing: bool = False  # rows joined to rows of up to max_length tokens, none of which sees another
     resume_from_checkpoint: str | None = None  # "auto" or a checkpoint's folder
     early_stopping_patience: int | None = None  # evaluations without improvement
     report_to: str | list[str] = "none"
@@ -129,6 +130,7 @@ def training_fields() -> dict[str, Any]:
 
     ours = {item.name for item in dataclasses.fields(RunConfig)}
     fields = {item.name: item.type for item in dataclasses.fields(TrainingArguments) if item.init}
+    fields["train_sampling_strategy"] = Literal["random", "sequential", "group_by_length"]
     return {name: kind for name, kind in fields.items() if name not in ours and name not in OWNED}
 
 

@@ -35,7 +35,9 @@ gradient_accumulation_steps: 1    # parts of one step
 lr_scheduler_type: linear         # how the learning rate falls: linear, cosine, constant, ...
 warmup_steps: 0.03       # steps in which the learning rate rises; below 1 a share of all steps
 max_length: 1024         # tokens of a row; longer rows are cut, and counted
+packing: false           # true: several rows in one of max_length tokens; batch sizes then count those
 seed: 42                 # of everything random
+train_sampling_strategy: random   # group_by_length: batches of rows of like length, for less padding
 bf16: false              # true: compute in bfloat16 over weights in `dtype`
 gradient_checkpointing: false     # true: less memory, more time
 

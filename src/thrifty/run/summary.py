@@ -78,7 +78,8 @@ def make_summary(
     a resumed run together. `tokens_per_second`: unpadded tokens over those seconds without the probe's.
     `peak_memory_bytes`: during the probe and training; on a CPU the resident bytes above what loading the model left,
     on an accelerator its maximum, the model included. `result_step`: the step whose values are in `delta/`
-    (`best_step` with early stopping, else the last).
+    (`best_step` with early stopping, else the last). `padding`: the share of the positions in the training batches that
+    held no token. `packed_rows`: into how many rows those of the data were packed; None without packing.
     """
     state = trainer.state
     return {
@@ -95,6 +96,8 @@ def make_summary(
         "steps": state.global_step,
         "epochs": state.epoch,
         "tokens": state.num_input_tokens_seen,
+        "padding": trainer.padding,
+        "packed_rows": len(trainer.order.lengths) if config.packing else None,
         "result_step": trainer.result_step,
         "best_step": state.best_global_step,
         "best_eval_loss": state.best_metric,

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from thrifty.core.errors import ThriftyError
 from thrifty.core.files import disk_errors, remove_leftovers, write_json, write_text
 from thrifty.core.method import parse_method
-from thrifty.data import DataReport, Example, check_vocabulary, collate, encode_all, load
+from thrifty.data import DataReport, Example, PackedRows, check_vocabulary, collate, encode_all, load, pack
 from thrifty.delta import Delta
+from thrifty.objective.isolation import check_packing
 from thrifty.objective.next_token import install, loss_of, uninstall
 from thrifty.objective.proof import prepare
 from thrifty.update.peer import PeerTuning
@@ -56,7 +57,7 @@ class Run:
 class _Rows:
     """What is trained on and what is measured."""
 
-    train: Sequence[Row]
+    train: Sequence[Row]  # as they were read: the probe takes them, packed or not
     eval: Sequence[Row] | None
     examples: Sequence[Example]  # of the evaluation
     report: DataReport
@@ -91,7 +92,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     record = _record(config, model, rows)
     if checkpoint is not None:
         refuse_changes(checkpoint, config=config.to_dict(), fingerprints=record["fingerprints"])
-        record |= {key: checkpoint.record()[key] for key in ("before", "probe_seconds", "peak_memory_bytes")}
+        record |= {key: checkpoint.record()[key] for key in ("before", "probe_seconds", "peak_memory_bytes", "slots")}
         console.print(f"resuming at step {checkpoint.step} from {checkpoint.folder}", highlight=False, soft_wrap=True)
     measure = partial(evaluate, tokenizer=tokenizer, examples=rows.examples, max_length=config.max_length)
     if checkpoint is None and config.eval.before:
@@ -193,6 +194,7 @@ def _train(
     set_seed(args.seed)
     install(model, prepare(model, sample_batch=collator([rows.train[i] for i in first[:2]])))
     try:
+        trained = _packed(config, rows, model=model, seed=seed, console=console) if config.packing else rows.train
         tuning = attach_with(
             model,
             config.method,
@@ -204,18 +206,20 @@ def _train(
             probe_rows=config.probe_rows,
         )
         console.print(f"{tuning.method.name}: {tuning.plan}", highlight=False, markup=False, soft_wrap=True)
+        if config.packing and tuning.model is not model:
+            check_packing(tuning.model)  # a wrapper may drop the positions
         record.setdefault("probe_seconds", tuning.probe_seconds)
         trainer = ThriftyTrainer(
             tuning=tuning,
             args=args,
-            rows=rows.train,
+            rows=trained,
             eval_rows=rows.eval,
             collate=collator,
             metrics=_begin_folder(config, args, checkpoint=checkpoint),
             clock=Clock(tuning.probe_seconds if checkpoint is None else checkpoint.record()["train_seconds"]),
             meter=meter,
             record=record,
-            order=RowOrder(len(rows.train), seed=seed),
+            order=_order(args, trained, seed=seed),
             patience=config.early_stopping_patience,
             callbacks=[display],
         )
@@ -229,6 +233,29 @@ def _train(
         display.close()
         meter.close()
     return tuning, trainer
+
+
+def _packed(config: RunConfig, rows: _Rows, *, model: PreTrainedModel, seed: int, console: Console) -> PackedRows:
+    """The training rows, packed. ThriftyError where `model` would let them see each other."""
+    check_packing(model)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    capacity = min(config.max_length, positions or config.max_length)
+    packed = PackedRows(rows.train, pack([len(row["input_ids"]) for row in rows.train], capacity=capacity, seed=seed))
+    text = f"packing: {len(rows.train):,} rows in {len(packed):,} of at most {capacity:,} tokens"
+    console.print(text, highlight=False, soft_wrap=True)
+    return packed
+
+
+def _order(args: TrainingArguments, rows: Sequence[Row], *, seed: int) -> RowOrder:
+    lengths = rows.lengths if isinstance(rows, PackedRows) else [len(row["input_ids"]) for row in rows]
+    part = args.per_device_train_batch_size * args.world_size
+    return RowOrder(
+        lengths,
+        batch=part * args.gradient_accumulation_steps,
+        strategy=args.train_sampling_strategy,
+        seed=seed,
+        multiple=part if args.world_size > 1 and not args.dataloader_drop_last else 1,
+    )
 
 
 def _stopped(output: Path) -> str:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -31,7 +33,7 @@ from .state import load_optimizer_state, load_scheduler_state, optimizer_state, 
 
 __all__ = ["Row", "ThriftyTrainer"]
 
-Row = dict[str, list[int]]  # input_ids and labels
+Row = dict[str, list[int]]  # input_ids and labels; position_ids where several rows are packed into one
 
 
 class ThriftyTrainer(Trainer):
@@ -60,12 +62,13 @@ class ThriftyTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.order = order
+        filler = {name: [-100 if name == "labels" else 0] for name in rows[0]}  # taken only where `order` names it
         self.used_cache = getattr(tuning.model.config, "use_cache", None)  # the stock trainer switches it off
         super().__init__(
             model=tuning.model,
             args=args,
             data_collator=collate,
-            train_dataset=rows,
+            train_dataset=ConcatDataset([rows, [filler]]),
             eval_dataset=eval_rows,
             callbacks=[Guards(self, tuning), *callbacks],
         )
@@ -82,6 +85,7 @@ class ThriftyTrainer(Trainer):
         self.patience = patience
         self.save_at_epoch_end = False
         self.in_epoch = False
+        self.slots_seen = record.get("slots", 0)
         self._eval_loss = None if eval_rows is None else EvalLoss(eval_rows, trainer=self)
 
     # Rows and steps
@@ -92,6 +96,21 @@ class ThriftyTrainer(Trainer):
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Not counted: the stock estimate walks all parameters at every micro-batch, and is wrong here."""
         return 0
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "tokens"})
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
+        tokens = inputs["tokens" if "tokens" in inputs else "attention_mask"].sum()
+        counts = torch.stack([tokens, torch.full_like(tokens, inputs["input_ids"].numel())]).to(self.args.device)
+        seen, slots = self.accelerator.gather(counts).reshape(-1, 2).sum(0).tolist()
+        self.state.num_input_tokens_seen += seen
+        self.slots_seen += slots
+
+    @property
+    def padding(self) -> float:
+        """The share of padding in all that the steps so far computed."""
+        return 1.0 - self.state.num_input_tokens_seen / max(self.slots_seen, 1)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         began = super()._init_training_state(max_steps, *args, **kwargs)
@@ -175,6 +194,7 @@ class ThriftyTrainer(Trainer):
                     f"lower learning_rate (now {self.args.learning_rate:g}) or give warmup_steps"
                 )
             logs["tokens"] = self.state.num_input_tokens_seen
+            logs["padding"] = self.padding
             logs["tokens_per_second"] = self.tokens_per_second
             logs["memory_bytes"] = self.meter.now()
         logs["epoch"] = round(self.state.epoch or 0.0, 6)
@@ -222,8 +242,9 @@ class ThriftyTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def measured(self) -> dict[str, Any]:
-        """What a resumed run carries on: seconds, peak memory and the loss not logged yet."""
+        """What a resumed run carries on: seconds, peak memory, padded positions and the loss not logged yet."""
         return {
+            "slots": self.slots_seen,
             "train_seconds": self.clock.seconds,
             "peak_memory_bytes": max(self.meter.peak(), self.record.get("peak_memory_bytes", 0)),
             "running": {"loss": float(self._tr_loss), "last_logged": self._globalstep_last_logged},
