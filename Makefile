@@ -4,11 +4,13 @@
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt .ci/install
 
-.PHONY: help demo test lint format check
+.PHONY: help demo bench bench-quick bench-growth bench-shapes test lint format check
 
 help:
 	@echo "make demo    fine-tune a real model on the CPU in about five minutes, and see that it learned"
 	@echo "make test    all tests, those with the real model too"
+	@echo "make bench   speed and memory against the floor and the peers, under 20 minutes (bench-quick: 3 minutes)"
+	@echo "make bench-growth, make bench-shapes   how cost grows; two more shapes (half an hour or more each)"
 	@echo "make lint    formatting, lint, types, layering"
 	@echo "make format  rewrite the sources in the project's format"
 	@echo "make check   lint and test: what CI runs"
@@ -23,6 +25,19 @@ help:
 
 demo: .venv/.core-installed
 	$(BIN)/thrifty demo
+
+# The end-to-end rows need DATA, the folder of snips_train.jsonl and gsm8k_train.jsonl.
+bench: .venv/.dev-installed
+	$(BIN)/python -m benchmarks bench
+
+bench-quick: .venv/.dev-installed
+	$(BIN)/python -m benchmarks quick
+
+bench-growth: .venv/.dev-installed
+	$(BIN)/python -m benchmarks growth
+
+bench-shapes: .venv/.dev-installed
+	$(BIN)/python -m benchmarks shapes
 
 test: .venv/.dev-installed
 	$(BIN)/python -m pytest -m "" -q -n 2 --dist loadfile

@@ -1,0 +1,73 @@
+"""`python -m benchmarks SUITE ...`: measure, write one JSON file per suite, print tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from .machine import describe
+from .rounds import measure
+from .suites import SUITES
+from .tables import group_table, target_table
+
+_GROUPS = {
+    "bench": ("steps", "probe", "snips", "gsm8k", "memory"),
+    "growth": ("share", "block", "tokens", "selections"),
+    "shapes": ("llama", "qwen"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suites", nargs="*", default=["bench"], help=f"{', '.join([*_GROUPS, *SUITES])}, or tables")
+    parser.add_argument("--out", type=Path, default=Path("results/performance"), help="folder of the JSON files")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each contender")
+    parser.add_argument("--rounds", type=int, help="instead of each suite's own number")
+    args = parser.parse_args()
+    chosen = [suite for name in args.suites for suite in _GROUPS.get(name, (name,))]
+    if chosen == ["tables"]:
+        print(_tables(args.out))
+        return
+    for name in chosen:
+        if name not in SUITES:
+            parser.error(f"unknown suite {name!r} (known: {', '.join([*_GROUPS, *SUITES])})")
+        if name in ("snips", "gsm8k", "memory") and not os.environ.get("DATA"):
+            print(f"{name} is left out: set DATA to the folder of snips_train.jsonl and gsm8k_train.jsonl", flush=True)
+            continue
+        _run(name, args)
+    print(target_table(_results(args.out)))
+
+
+def _run(name: str, args: argparse.Namespace) -> None:
+    machine, start, groups = describe(threads=args.threads), time.time(), []
+    print(f"{name}: {len(SUITES[name]())} groups", file=sys.stderr, flush=True)
+    for group in SUITES[name]():
+        specs = [spec | {"threads": args.threads} for spec in group["specs"]]
+        results = measure(specs, rounds=args.rounds or group["rounds"])
+        groups.append({"name": group["name"], "results": results})
+        print(group_table(groups[-1]), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    seconds = round(time.time() - start)
+    record = {"suite": name, "seconds": seconds, "machine": machine, "groups": groups}
+    (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{name}: {seconds} s\n", flush=True)
+
+
+def _results(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def _tables(folder: Path) -> str:
+    records = _results(folder)
+    parts = [target_table(records)]
+    for record in records.values():
+        parts += [group_table(group) for group in record["groups"]]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What is compared with what: each suite is a list of groups, and a group is measured in interleaved rounds.
+
+Every group holds its own reference, so that no ratio is taken between contenders of different groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .models import SHAPES
+
+__all__ = ["EQUAL_LORA", "SUITES", "Group"]
+
+EQUAL_LORA = "LoRA, as many numbers as SMT 5 %"
+
+Spec = dict[str, Any]
+Group = dict[str, Any]  # name, rounds, specs
+
+_LORA = {"peft": {"peft_type": "LORA", "r": 16, "lora_alpha": 32}}
+_EQUAL_RANK = {"smollm2": 17, "llama": 40, "qwen": 20}  # LoRA's rank that trains as many numbers as SMT at 5 %
+
+
+def _smt(block: int | str | list[int], **options: Any) -> dict[str, Any]:
+    return {"smt": {"scope": "per_matrix", "block_size": block, **options}}
+
+
+def _step(name: str, kind: str, shape: str, **more: Any) -> Spec:
+    _, rows, tokens = SHAPES[shape]
+    return {"name": name, "kind": kind, "shape": shape, "rows": rows, "tokens": tokens, **more}
+
+
+def _peer(name: str, shape: str, **config: Any) -> Spec:
+    return _step(name, "method", shape, method={"peft": config})
+
+
+def _smt_step(name: str, shape: str, share: float, *, block: Any = 64, **options: Any) -> Spec:
+    return _step(name, "method", shape, method=_smt(block, **options), share=share)
+
+
+_STRIP_FIRST = _smt_step("strip-first", "smollm2", 0.01, block=[64, 16], input_budget=0.1)
+
+
+def _floor(shape: str, **more: Any) -> Spec:
+    return _step("floor", "floor", shape) | more
+
+
+def steps(shape: str, *, rounds: int) -> list[Group]:
+    """Steps of SMT, the peers and full fine-tuning; in several groups where all would not fit into memory at once."""
+    rank = _EQUAL_RANK[shape]
+    smt = [_smt_step("SMT 1 %, 64", shape, 0.01), _smt_step("SMT 5 %, 64", shape, 0.05)]
+    lora = _peer(EQUAL_LORA, shape, peft_type="LORA", r=rank, lora_alpha=2 * rank)
+    dora = _peer("DoRA r16", shape, peft_type="LORA", r=16, lora_alpha=32, use_dora=True)
+    shira = _peer("SHiRA r16", shape, peft_type="SHIRA", r=16)
+    full = _step("full", "full", shape)
+    groups = [[*smt, lora, dora, shira, full]]
+    if shape != "smollm2":
+        groups = [[*smt, lora], [smt[1], dora, shira], [smt[1], full]]
+    return [{"name": f"{shape}: steps", "rounds": rounds, "specs": [_floor(shape), *specs]} for specs in groups]
+
+
+def selections(*, rounds: int) -> list[Group]:
+    """Other ways to place 1 %, LoRA r16 for the bytes, and what torch.compile makes of a step."""
+    shape = "smollm2"
+    specs = [
+        _floor(shape),
+        _smt_step("per matrix, 64", shape, 0.01),
+        _smt_step("per matrix, 128", shape, 0.01, block=128),
+        _smt_step("per matrix, columns", shape, 0.01, block="column"),
+        _STRIP_FIRST,
+        _step("global, 64", "method", shape, method={"smt": {"block_size": 64}}, share=0.01),
+        _peer("LoRA r16", shape, peft_type="LORA", r=16, lora_alpha=32),
+        _smt_step("per matrix, 64, compiled", shape, 0.01) | {"compiled": True},
+    ]
+    return [{"name": "where 1 % lies", "rounds": rounds, "specs": specs}]
+
+
+def probe(*, rounds: int) -> list[Group]:
+    """The probe of a batch against a step of full fine-tuning on it, and what inference alone takes."""
+    specs = [_step(kind, kind, "smollm2") for kind in ("inference", "probe", "full")]
+    return [{"name": "probe", "rounds": rounds, "specs": specs}]
+
+
+def _train(name: str, trainer: str, data: str, **more: Any) -> Spec:
+    common = {"rows": 2000, "batch": 16, "bf16": True, "checkpointing": False}
+    return {"name": name, "trainer": trainer, "data": data, **common, **more}
+
+
+def train(data: str, *, rounds: int) -> list[Group]:
+    """Whole trainers at batch 16, under bfloat16 autocast (TRL's default)."""
+    specs = [
+        _train("thrifty, SMT 1 %", "thrifty", data, method="smt", budget="1%"),
+        _train("thrifty, PEFT LoRA r16", "thrifty", data, method=_LORA),
+        _train("TRL, PEFT LoRA r16", "trl", data),
+        _train("TRL, PEFT LoRA r16, checkpointing", "trl", data, checkpointing=True),
+    ]
+    return [{"name": f"training on {data}", "rounds": rounds, "specs": specs}]
+
+
+def memory(*, rounds: int) -> list[Group]:
+    """Bytes only: peaks with checkpointing on both sides, and what the tuned layers keep for backward."""
+    checkpointed = [
+        _train("thrifty, SMT 1 %", "thrifty", "snips", method="smt", budget="1%", checkpointing=True),
+        _train("thrifty, PEFT LoRA r16", "thrifty", "snips", method=_LORA, checkpointing=True),
+        _train("TRL, PEFT LoRA r16", "trl", "snips", checkpointing=True),
+    ]
+    kept = [_STRIP_FIRST, _peer("LoRA r16", "smollm2", peft_type="LORA", r=16, lora_alpha=32)]
+    return [
+        {"name": "trainers with checkpointing", "rounds": rounds, "specs": checkpointed},
+        {"name": "kept for backward", "rounds": rounds, "specs": kept},
+    ]
+
+
+def growth_share(*, rounds: int) -> list[Group]:
+    shares = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+    specs = [_smt_step(f"{share:.1%}", "smollm2", share) for share in shares]
+    return [{"name": "growth: share", "rounds": rounds, "specs": [_floor("smollm2"), *specs]}]
+
+
+def growth_block(*, rounds: int) -> list[Group]:
+    specs = [_smt_step(f"block {block}", "smollm2", 0.05, block=block) for block in (16, 32, 64, 128, 256)]
+    column = _smt_step("columns", "smollm2", 0.05, block="column")
+    return [{"name": "growth: block", "rounds": rounds, "specs": [_floor("smollm2"), *specs, column]}]
+
+
+def growth_tokens(*, rounds: int) -> list[Group]:
+    groups = []
+    for tokens in (256, 512, 1024, 2048, 4096):
+        size = {"rows": max(1, tokens // 256), "tokens": min(256, tokens)}
+        specs = [
+            _floor("smollm2") | size,
+            _smt_step("SMT 5 %", "smollm2", 0.05) | size,
+            _peer("LoRA r17", "smollm2", peft_type="LORA", r=17, lora_alpha=34) | size,
+        ]
+        groups.append({"name": f"growth: {tokens} tokens", "rounds": rounds, "specs": specs})
+    return groups
+
+
+SUITES: Mapping[str, Callable[[], list[Group]]] = {
+    "quick": lambda: [_quick()],
+    "steps": lambda: steps("smollm2", rounds=25),
+    "selections": lambda: selections(rounds=25),
+    "probe": lambda: probe(rounds=9),
+    "snips": lambda: train("snips", rounds=12),
+    "gsm8k": lambda: train("gsm8k", rounds=5),
+    "memory": lambda: memory(rounds=4),
+    "llama": lambda: steps("llama", rounds=25),
+    "qwen": lambda: steps("qwen", rounds=25),
+    "share": lambda: growth_share(rounds=9),
+    "block": lambda: growth_block(rounds=9),
+    "tokens": lambda: growth_tokens(rounds=9),
+}
+
+
+def _quick() -> Group:
+    """The floor, SMT, LoRA and full fine-tuning at 4 x 64 tokens: three minutes, and only indicative."""
+    first = steps("smollm2", rounds=25)[0]
+    specs = [spec | {"tokens": 64} for spec in first["specs"] if spec["name"] not in ("DoRA r16", "SHiRA r16")]
+    return first | {"name": "quick", "specs": specs}
