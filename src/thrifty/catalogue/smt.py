@@ -34,9 +34,9 @@ def smt(
     released code the probe changes no weight, so the result is block-sparse exactly. The paper's main runs use l = 256
     and choose among Q, K and V: `block_size: 256`, `target_modules: [q_proj, k_proj, v_proj]`.
 
-    Other shapes: `block_size: column` trains whole columns (one input to all outputs), `row` whole rows, `[64, 16]`
-    blocks of 64 outputs by 16 inputs. `input_budget: 10%` bounds what backward keeps of activations: columns of inputs
-    shared by q, k, v and by gate, up are chosen first, then blocks inside them.
+    Whole columns (one input to all outputs), some in every matrix: `{smt: {block_size: column, scope: per_matrix}}`;
+    `row` is whole rows, `[64, 16]` blocks of 64 outputs by 16 inputs. `input_budget: 10%` bounds what backward keeps of
+    activations: columns of inputs, shared by q, k, v and by gate, up, are chosen first, then blocks inside them.
 
     When not to use it: without labelled batches to probe (take random_blocks), or where a model's weights are
     quantized.
