@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["StripGroup", "Way", "choose"]
+__all__ = ["Runs", "StripGroup", "Way", "choose"]
 
 # Measured on one AVX-512 core (docs/performance.md).
 _NARROW = 16  # blocks narrower than this never go one by one; a product is turned so that such a side is not its last
@@ -55,8 +53,8 @@ class Way(Protocol):
 
 @dataclass(frozen=True)
 class Runs:
-    """Equal runs of columns. `index` counts pieces of `piece` columns: copying pieces is up to 25 times faster than
-    copying single columns. None where the runs are one stretch and need no copy."""
+    """Columns to gather. `index` counts pieces of `piece` columns: a piece is one copy, up to 40 times faster than its
+    columns one by one. None where the columns are one stretch, which needs no copy."""
 
     start: int
     width: int
@@ -64,16 +62,17 @@ class Runs:
     index: Tensor | None
 
     @classmethod
-    def of(cls, starts: Sequence[int], size: int) -> Runs:
-        width = len(starts) * size
-        if all(b == a + size for a, b in pairwise(starts)):
-            return cls(starts[0], width, size, None)
-        piece = math.gcd(size, *starts)
-        index = torch.tensor(starts)[:, None] + torch.arange(0, size, piece)
-        return cls(starts[0], width, piece, index.flatten() // piece)
+    def of(cls, columns: Tensor) -> Runs:
+        """`columns`: int64 `[width]` on the CPU, at least one, in any order."""
+        starts = torch.cat([columns[:1], columns[1:][columns.diff() != 1]])
+        if len(starts) == 1:
+            return cls(int(columns[0]), len(columns), 1, None)
+        ends = torch.cat([columns[:-1][columns.diff() != 1], columns[-1:]]) + 1
+        piece = math.gcd(*starts.tolist(), *ends.tolist())
+        return cls(int(columns[0]), len(columns), piece, columns[::piece] // piece)
 
     def take(self, a_TA: Tensor) -> Tensor:
-        """The columns side by side, `[T, width]`."""
+        """The columns side by side, `[T, width]`; a view where they are one stretch."""
         if self.index is None:
             return a_TA[:, self.start : self.start + self.width]
         pieces = a_TA.shape[1] // self.piece
@@ -81,6 +80,11 @@ class Runs:
 
     def to(self, device: torch.device) -> Runs:
         return self if self.index is None else replace(self, index=self.index.to(device))
+
+
+def _spread(starts: Tensor, size: int) -> Tensor:
+    """The columns of runs of `size` that begin at `starts`."""
+    return (starts[:, None] + torch.arange(size)).flatten()
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class LineByLine:
             h=group.h,
             w=group.w,
             by_row=by_row,
-            side=Runs.of(starts.tolist(), group.w if by_row else group.h),
+            side=Runs.of(_spread(starts, group.w if by_row else group.h)),
             index=index[line_order],
             lines=tuple((start, len(blocks)) for start, blocks in members.items()),
             order=None if same else line_order.argsort(),
@@ -170,8 +174,8 @@ class OneProduct:
         return cls(
             group.h,
             group.w,
-            Runs.of(rows.tolist(), group.h),
-            Runs.of(cols.tolist(), group.w),
+            Runs.of(_spread(rows, group.h)),
+            Runs.of(_spread(cols, group.w)),
             None if full else (i, j),
         )
 

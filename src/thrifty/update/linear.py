@@ -33,7 +33,7 @@ class _InPlace(torch.autograd.Function):
         y = _conv1d(x, weight, bias) if part.member.transposed else F.linear(x, weight, bias)
         compiling = torch.compiler.is_compiling()
         if compiling:
-            strip = take_plain(x, part.member.strips.columns.to(x.device), dtype=y.dtype)
+            strip = take_plain(x, part.member.strips, dtype=y.dtype)
         else:
             strip = take(x, part.member, dtype=y.dtype)
         ctx.save_for_backward(strip)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.region import BlockGroup
 from ..kernels.region_grad import Layout, StripGroup
+from ..kernels.region_ways import Runs
 
 __all__ = ["Member", "Strips", "merge_pending"]
 
@@ -24,7 +25,17 @@ class Strips:
 
     def __init__(self, columns: Tensor) -> None:
         self.columns = columns  # int64 [U], sorted
+        self._runs = {torch.device("cpu"): Runs.of(columns)}
         self.members: list[weakref.ref[Member]] = []
+
+    def runs(self, device: torch.device) -> Runs:
+        """The columns for gathering, their index on `device`: copied there once."""
+        if device in self._runs:
+            return self._runs[device]
+        runs = self._runs[torch.device("cpu")].to(device)
+        if not torch.compiler.is_compiling():
+            self._runs[device] = runs
+        return runs
 
 
 class Member:
@@ -88,15 +99,19 @@ def take(x: Tensor, member: Member, *, dtype: torch.dtype) -> Tensor:
             return strip
         if other is not None and other is not strips:
             _pending[weakref.ref(other), weakref.ref(strips)] = None
-    strip = take_plain(x, strips.columns.to(x.device), dtype=dtype)
+    strip = take_plain(x, strips, dtype=dtype)
     _last[:] = [_Last(weakref.ref(x), x._version, weakref.ref(strips), strips.columns, weakref.ref(strip), dtype)]
     return strip
 
 
-def take_plain(x: Tensor, columns: Tensor, *, dtype: torch.dtype) -> Tensor:
+def take_plain(x: Tensor, strips: Strips, *, dtype: torch.dtype) -> Tensor:
     """The plain form of `take`; without a copy where every column is used."""
     flat = x.detach().reshape(-1, x.shape[-1])
-    return (flat if len(columns) == flat.shape[1] else flat.index_select(1, columns)).to(dtype)
+    if len(strips.columns) == flat.shape[1]:
+        return flat.to(dtype)
+    runs = strips.runs(x.device)
+    # one stretch comes as a view, which would keep all of x
+    return runs.take(flat).to(dtype, copy=runs.index is None, memory_format=torch.contiguous_format)
 
 
 def merge_pending() -> None:
