@@ -143,7 +143,7 @@ class LineByLine:
             gathered = a_kaT.index_select(0, self.index[at : at + count]).flatten(0, 1)
             line, here = b_TB[:, start : start + b], slice(at * a, (at + count) * a)
             if wide:
-                torch.mm(line.t(), gathered.t(), out=buffer[:, here])
+                buffer[:, here] = line.t() @ gathered.t()  # a compiler takes `out=` only where it is contiguous
             else:
                 torch.mm(gathered, line, out=buffer[here])
             at += count
