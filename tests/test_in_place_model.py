@@ -1,4 +1,4 @@
-"""Whole models in place: finish, ties, heads, encoders, readers past the module, compile."""
+"""Whole models in place: finish, ties, heads, encoders, readers past the module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from attached import BATCH, random_blocks, step
 from contract_cells import logits, summed_loss
 from families import build, classifier_batches
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from thrifty import attach
 from thrifty.core.errors import ThriftyError
@@ -222,25 +221,3 @@ def test_a_copy_of_a_whole_model_trains_on_its_own() -> None:
     optimizer.step()
     assert torch.equal(logits(model), untouched)
     assert not torch.equal(logits(copied), untouched)
-
-
-def test_compiled_ahead_of_time_it_gives_the_same_loss_and_gradients() -> None:
-    """Two kinds of layer; compiling a whole model is right too, but takes too long for a test."""
-    torch.manual_seed(0)
-    plain, found = nn.Sequential(nn.Linear(20, 12), nn.GELU(), Conv1D(6, 12)), []
-    x = torch.randn(5, 20)
-    for compiled in (False, True):
-        model = copy.deepcopy(plain)
-        tuning = attach(model, {"random_blocks": {"block_size": 4, "scope": "per_matrix"}}, budget=0.3)
-        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        optimizer, losses = torch.optim.SGD(tuning.parameters(), lr=0.1), []
-        for _ in range(3):  # the second sees what the optimizer wrote
-            loss = run(x).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        found.append([torch.stack(losses), *(leaf.grad for leaf in tuning.parameters())])
-    assert len(found[0]) == 3
-    for eager, aot in zip(*found, strict=True):
-        torch.testing.assert_close(aot, eager)
