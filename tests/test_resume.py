@@ -28,7 +28,7 @@ def result(output: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [{k: v for k, v in line.items() if k not in _TIMES} for line in lines]
     summary = json.loads((output / "summary.json").read_text())
-    kept = ("evaluation", "steps", "tokens", "best_step", "result_step", "best_eval_loss")
+    kept = ("evaluation", "steps", "tokens", "padding", "packed_rows", "best_step", "result_step", "best_eval_loss")
     found["summary"] = [summary[key] for key in kept]
     return found
 
@@ -56,6 +56,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "epochs": ("llama", {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch"}),
     "end_of_epoch": ("llama", {"save_steps": 6, "eval_strategy": "epoch", "logging_strategy": "epoch"}),
     "full": ("llama", {"method": "full", "budget": None, "save_steps": 3, "learning_rate": 1e-3}),
+    "grouped": ("llama", {"train_sampling_strategy": "group_by_length", "save_steps": 2}),
+    "packed": ("gpt2", {"packing": True, "per_device_train_batch_size": 2, "save_steps": 2, "eval_steps": 4}),
     "lora": ("llama", {"method": LORA, "budget": None, "save_steps": 3}),
 }
 

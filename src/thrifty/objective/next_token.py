@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from thrifty.kernels.label_loss import IGNORED, chunk_rows, label_loss
+from thrifty.kernels.label_loss import IGNORED, chunk_rows
+from thrifty.objective.head_loss import head_loss
 from thrifty.objective.heads import is_plain, own_logits, unwrapped
 
 __all__ = ["LossPlan", "install", "installed_plan", "label_count", "loss_of", "sum_loss", "uninstall"]
@@ -34,7 +35,7 @@ class LossPlan:
     """How a model's loss is made.
 
     Attributes:
-        path: `plain_head`: the trunk, then `label_loss` with the head's weight. `own_head`: the trunk, then the model's
+        path: `plain_head`: the trunk, then `head_loss` with the head's weight. `own_head`: the trunk, then the model's
             own head and what it does to its logits, chunk by chunk, recomputed in backward. `own_loss`: the model's own
             forward, all logits at once.
         reason: why, in one sentence.
@@ -142,7 +143,7 @@ def _summed_loss(self: PreTrainedModel, record: _Record, output: Any, targets: T
     hidden = output.last_hidden_state
     # Looked at again: an adapter put on the head after `prepare` must be trained.
     if record.plan.path == "plain_head" and is_plain(head):
-        return label_loss(hidden, head.weight, targets, bias=head.bias)
+        return head_loss(hidden, head.weight, targets, bias=head.bias)
 
     trunk = self.get_submodule(record.plan.trunk)
 

@@ -82,6 +82,7 @@ _VERBS = "the verb decides: `thrifty train` trains, `thrifty eval` evaluates"
 _NO_LOGITS = "evaluation never keeps logits, so that it needs no more memory than training; see eval:"
 _SHARDED = "sharding the model over processes is not supported yet"
 _LOSS = "the loss is computed in chunks without a full table of logits, and this option needs that table"
+_LIGER = "Liger's fused loss is taken on CUDA devices where liger-kernel is installed (pip install 'thrifty[liger]')"
 OWNED: dict[str, str] = {
     "remove_unused_columns": "batches hold exactly what the model reads; other columns of the data are left alone",
     "label_names": "the labels are always `labels`, made from the answers in the data",
@@ -110,7 +111,8 @@ OWNED: dict[str, str] = {
         _HUB,
     ),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _SHARDED),
-    **dict.fromkeys(("label_smoothing_factor", "use_liger_kernel", "liger_kernel_config"), _LOSS),
+    "label_smoothing_factor": _LOSS,
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), _LIGER),
     **dict.fromkeys(
         ("metric_for_best_model", "greater_is_better"), "the best checkpoint is the one with the lowest evaluation loss"
     ),
