@@ -1,0 +1,84 @@
+"""Entry gradients: single numbers of `dy^T x`, never the dense product at once.
+
+Shapes: T tokens, O outputs, U kept input columns, n entries in row-major order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["EntryLayout", "entry_grad_dense"]
+
+_CHUNK = 2**20  # numbers of the dense product that exist at a time
+# Sampling an entry costs as much as this many numbers of a dense product: it is bound by memory, a product is not.
+_SAMPLE_COST = 48
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive entries whose rows lie in `[row, row + rows)`; `index`: their places in that part of the product."""
+
+    row: int
+    rows: int
+    index: Tensor
+    start: int
+
+
+class EntryLayout:
+    """Where the entries of one matrix lie in a strip: `rows[k]` among the outputs, `slots[k]` among the columns kept,
+    both int64 `[n]`, sorted by row and then slot. How they are computed is decided once."""
+
+    def __init__(self, rows: Tensor, slots: Tensor, *, columns: int) -> None:
+        self.rows, self.slots, self.numbers = rows, slots, len(rows)
+        used = len(rows.unique())
+        self.sampled = _SAMPLE_COST * self.numbers < used * columns
+        self._pieces = () if self.sampled else tuple(_pieces(rows, slots, columns))
+        self._index: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The index tensors on `device`: copied there once."""
+        if device in self._index:
+            return self._index[device]
+        tensors = (self.rows, self.slots) if self.sampled else tuple(piece.index for piece in self._pieces)
+        moved = tuple(tensor.to(device) for tensor in tensors)
+        if not torch.compiler.is_compiling():
+            self._index[device] = moved
+        return moved
+
+    def grad(self, dy_TO: Tensor, x_TU: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Packed gradient `[n]`: sum over tokens of `dy[:, rows_k] * x[:, slots_k]`, in `dtype`."""
+        if self.sampled:
+            return self._sample(dy_TO, x_TU, *self._on(dy_TO.device), dtype=dtype)
+        packed = dy_TO.new_empty(self.numbers)
+        for piece, index in zip(self._pieces, self._on(dy_TO.device), strict=True):
+            product = dy_TO[:, piece.row : piece.row + piece.rows].t() @ x_TU
+            packed[piece.start : piece.start + len(index)] = product.flatten().index_select(0, index)
+        return packed.to(dtype)
+
+    def _sample(self, dy_TO: Tensor, x_TU: Tensor, rows: Tensor, slots: Tensor, *, dtype: torch.dtype) -> Tensor:
+        tokens = max(1, _CHUNK // max(1, self.numbers))
+        wide = torch.promote_types(dy_TO.dtype, torch.float32)
+        total = dy_TO.new_zeros(self.numbers, dtype=wide)
+        for dy, x in zip(dy_TO.split(tokens), x_TU.split(tokens), strict=True):
+            total += (dy.index_select(1, rows).to(wide) * x.index_select(1, slots)).sum(0)
+        return total.to(dtype)
+
+
+def _pieces(rows: Tensor, slots: Tensor, columns: int) -> Iterator[_Piece]:
+    height = max(1, _CHUNK // columns)
+    start = 0
+    while start < len(rows):
+        row = int(rows[start])
+        stop = int(torch.searchsorted(rows, row + height))
+        last = int(rows[stop - 1])
+        yield _Piece(row, last - row + 1, (rows[start:stop] - row) * columns + slots[start:stop], start)
+        start = stop
+
+
+def entry_grad_dense(dy_TO: Tensor, x_TU: Tensor, layout: EntryLayout, *, dtype: torch.dtype) -> Tensor:
+    """The plain twin of `EntryLayout.grad`: the dense product, then the entries picked out of it."""
+    return (dy_TO.t() @ x_TU)[layout.rows, layout.slots].to(dtype)
