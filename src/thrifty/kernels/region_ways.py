@@ -18,8 +18,8 @@ __all__ = ["Runs", "StripGroup", "Way", "choose"]
 
 # Measured on one AVX-512 core (docs/performance.md).
 _NARROW = 16  # blocks narrower than this never go one by one; a product is turned so that such a side is not its last
-_LONG = 64  # blocks with longer sides run at full speed one by one
-_PER_LINE = 2  # blocks of a line that pay for gathering them
+_LONG = 32  # blocks with longer sides run at full speed one by one
+_PER_LINE = 3  # blocks of a line that pay for gathering them
 _ONE = 16  # lines with a shared side s take about 1 + 16 / s times an ideal product, which one product over all avoids
 _BY_SLOT = 4  # lines along rows are faster at the same number of lines, but not at four times as many
 
