@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thrifty.core.entries import Entries
 from thrifty.core.errors import ThriftyError
 from thrifty.core.plan import Plan, plan_from_files, plan_to_files
-from thrifty.core.region import Entries
 from thrifty.kernels import entry_grad
 from thrifty.kernels.entry_grad import EntryLayout, entry_grad_dense
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from thrifty import attach
+from thrifty.core.entries import Entries
 from thrifty.core.plan import Plan
 from thrifty.core.region import Blocks, Region
 from thrifty.update.tuning import attach_with
@@ -41,6 +42,7 @@ PATTERNS = {
     "small blocks": Blocks((4, 4), torch.tensor([[0, 0], [5, 2], [5, 3], [9, 2]])),
     "columns": Blocks((SIDE, 1), torch.tensor([[0, 3], [0, 7], [0, 40]])),
     "rows": Blocks((1, SIDE), torch.tensor([[3, 0], [20, 0], [47, 0]])),
+    "few entries": Entries(torch.tensor([5, SIDE * 3, SIDE * 40 + 7])),
 }
 
 

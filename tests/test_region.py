@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from thrifty.core.errors import ThriftyError
-from thrifty.core.plan import Plan, plan_from_files, plan_to_files
-from thrifty.core.region import Blocks, Region, Whole, region_from_files
+from thrifty.core.plan import Plan, plan_from_files, plan_to_files, region_from_files
+from thrifty.core.region import Blocks, Region, Whole
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.bool]
 

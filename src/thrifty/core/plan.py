@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .budget import distinct_parameters
+from .entries import Entries
 from .errors import ThriftyError, unknown
-from .region import Region, region_from_files
+from .region import Blocks, Region, Whole
 
-__all__ = ["Plan", "kind_of", "plan_from_files", "plan_to_files"]
+__all__ = ["Plan", "kind_of", "plan_from_files", "plan_to_files", "region_from_files"]
 
 _ATTENTION = re.compile(r"attn|attention|c_attn|qkv|query|key|value|(^|\.)[qkvo]_proj")
 _MLP = re.compile(r"mlp|ffn|feed_forward|experts|moe|fc\d|intermediate|output\.dense|gate_proj|up_proj|down_proj")
@@ -134,3 +135,22 @@ def plan_from_files(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     return Plan(
         regions, shapes=shapes, total=int(record["total"]), kept_columns=None if kept is None else (kept[0], kept[1])
     )
+
+
+def region_from_files(record: Mapping[str, Any], index: Tensor | None) -> Region:
+    """The region that `to_files` described; ThriftyError where the record makes no sense."""
+    kind = record.get("kind")
+    if kind == Whole.kind:
+        return Whole()
+    if kind == Blocks.kind:
+        shape = record.get("shape")
+        if index is None or index.is_floating_point():
+            raise ThriftyError("a blocks region needs an integer index tensor")
+        if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int for n in shape):
+            raise ThriftyError(f"a blocks region needs a shape of two integers, not {shape!r}")
+        return Blocks((shape[0], shape[1]), index)
+    if kind == Entries.kind:
+        if index is None or index.is_floating_point():
+            raise ThriftyError("an entries region needs an integer index tensor")
+        return Entries(index)
+    raise ThriftyError(unknown("kind of region", str(kind), [Whole.kind, Blocks.kind, Entries.kind]))

@@ -1,7 +1,7 @@
 """Regions: which numbers of one parameter tensor are trained.
 
 A region knows nothing of values. It counts, gathers from and scatters to a tensor, and draws itself as a boolean mask.
-`Whole` and `Entries` work on tensors of any rank; `Blocks` takes matrices `[out, in]` and stacked experts
+`Whole` and `Entries` (`entries.py`) take tensors of any rank, `Blocks` matrices `[out, in]` and stacked experts
 `[experts, out, in]`; rows and columns are blocks. Packed blocks are ordered group by group: whole ones first, then the
 smaller ones of the bottom edge, the right edge and the corner, so that each group is one dense `[n, h, w]` piece.
 """
@@ -9,16 +9,16 @@ smaller ones of the bottom edge, the right edge and the corner, so that each gro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from .errors import ThriftyError, unknown
+from .errors import ThriftyError
 
-__all__ = ["BlockGroup", "Blocks", "Entries", "Region", "Whole", "region_from_files"]
+__all__ = ["BlockGroup", "Blocks", "Region", "Whole", "mask_of"]
 
 
 class Region(Protocol):
@@ -55,7 +55,7 @@ class Region(Protocol):
         ...
 
 
-def _mask(region: Region, shape: Sequence[int]) -> Tensor:
+def mask_of(region: Region, shape: Sequence[int]) -> Tensor:
     out = torch.zeros(tuple(shape), dtype=torch.bool)
     region.scatter_(out, torch.ones(region.packed_shape(shape), dtype=torch.bool))
     return out
@@ -81,7 +81,7 @@ class Whole:
         tensor.copy_(values)
 
     def mask(self, shape: Sequence[int]) -> Tensor:
-        return _mask(self, shape)
+        return mask_of(self, shape)
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         if math.prod(shape) == 0:
@@ -202,7 +202,7 @@ class Blocks:
             matrix[rows.to(tensor.device), cols.to(tensor.device)] = piece.to(device=tensor.device, dtype=tensor.dtype)
 
     def mask(self, shape: Sequence[int]) -> Tensor:
-        return _mask(self, shape)
+        return mask_of(self, shape)
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         if len(shape) != self.index.shape[1]:
@@ -223,77 +223,3 @@ class Blocks:
 
     def to_files(self) -> tuple[dict[str, Any], Tensor]:
         return {"kind": self.kind, "shape": list(self.shape)}, self.index.to(torch.int32)
-
-
-@dataclass(frozen=True, eq=False)
-class Entries:
-    """Single numbers of a tensor of any rank. `index`: int64 `[n]`, positions in the flattened tensor as it is stored;
-    kept sorted, without duplicates, on the CPU."""
-
-    index: Tensor
-    kind: ClassVar[str] = "entries"
-
-    def __post_init__(self) -> None:
-        index = self.index.detach().to("cpu", torch.int64)
-        if index.ndim != 1:
-            raise ThriftyError(f"the index of entries must be [n], not {tuple(index.shape)}")
-        unique = torch.unique(index)
-        if len(unique) != len(index):
-            raise ThriftyError(f"{len(index) - len(unique)} entries are listed twice: list each entry once")
-        object.__setattr__(self, "index", unique)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Entries) and torch.equal(self.index, other.index)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self.index.tolist()))
-
-    def size(self, shape: Sequence[int]) -> int:
-        return len(self.index)
-
-    def packed_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return (len(self.index),)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().reshape(-1)[self.index.to(tensor.device)]
-
-    @torch.no_grad()
-    def scatter_(self, tensor: Tensor, values: Tensor) -> None:
-        index = self.index.to(tensor.device)
-        tensor.view(-1)[index] = values.flatten().to(device=tensor.device, dtype=tensor.dtype)
-
-    def mask(self, shape: Sequence[int]) -> Tensor:
-        return _mask(self, shape)
-
-    def check(self, name: str, shape: Sequence[int]) -> None:
-        if len(self.index) == 0:
-            raise ThriftyError(f"{name} has no entry in the plan: leave it out")
-        low, high = int(self.index[0]), int(self.index[-1])
-        if low < 0 or high >= math.prod(shape):
-            bad = low if low < 0 else high
-            raise ThriftyError(
-                f"entry {bad} lies outside {name} of shape {tuple(shape)} ({math.prod(shape):,} numbers)"
-            )
-
-    def to_files(self) -> tuple[dict[str, Any], Tensor]:
-        wide = len(self.index) > 0 and int(self.index[-1]) >= 2**31
-        return {"kind": self.kind}, self.index if wide else self.index.to(torch.int32)
-
-
-def region_from_files(record: Mapping[str, Any], index: Tensor | None) -> Region:
-    """The region that `to_files` described; ThriftyError where the record makes no sense."""
-    kind = record.get("kind")
-    if kind == Whole.kind:
-        return Whole()
-    if kind == Blocks.kind:
-        shape = record.get("shape")
-        if index is None or index.is_floating_point():
-            raise ThriftyError("a blocks region needs an integer index tensor")
-        if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int for n in shape):
-            raise ThriftyError(f"a blocks region needs a shape of two integers, not {shape!r}")
-        return Blocks((shape[0], shape[1]), index)
-    if kind == Entries.kind:
-        if index is None or index.is_floating_point():
-            raise ThriftyError("an entries region needs an integer index tensor")
-        return Entries(index)
-    raise ThriftyError(unknown("kind of region", str(kind), [Whole.kind, Blocks.kind, Entries.kind]))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..core.errors import ThriftyError, nearest
 from ..core.files import new_folder
-from ..core.plan import Plan
-from ..core.region import Region, region_from_files
+from ..core.plan import Plan, region_from_files
+from ..core.region import Region
 from .digest import fingerprint
 
 __all__ = ["FORMAT", "Delta", "Piece"]

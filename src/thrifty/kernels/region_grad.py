@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .entry_grad import EntryLayout
 from .region_ways import StripGroup, Way, choose
 
 __all__ = ["Layout", "StripGroup", "block_sums", "region_grad", "region_grad_dense"]
@@ -43,8 +44,10 @@ class Layout:
         return ways
 
 
-def region_grad(dy_TO: Tensor, x_TU: Tensor, layout: Layout, *, dtype: torch.dtype) -> Tensor:
-    """Packed gradient `[size]` of the blocks: `dy[:, rows_k]^T x[:, cols_k]` for each block k."""
+def region_grad(dy_TO: Tensor, x_TU: Tensor, layout: Layout | EntryLayout, *, dtype: torch.dtype) -> Tensor:
+    """Packed gradient `[size]` of a region: `dy[:, rows_k]^T x[:, cols_k]` for each block or entry k."""
+    if isinstance(layout, EntryLayout):
+        return layout.grad(dy_TO, x_TU, dtype=dtype)
     packed = dy_TO.new_empty(layout.numbers)
     for group, way in zip(layout.groups, layout.ways(dy_TO.device), strict=True):
         out = packed[group.offset : group.offset + group.numbers].view(len(group.rows), group.h, group.w)

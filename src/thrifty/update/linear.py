@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from ..core.entries import Entries
 from ..core.region import Blocks
 from ..kernels.region_grad import region_grad
 from .part import InPlaceModule, Part
@@ -68,12 +69,13 @@ class _InPlace(torch.autograd.Function):
 
 
 class LinearPart(Part):
-    """Blocks of a linear layer's weight: the gradient comes from the layer's input and output gradient, never dense."""
+    """Blocks or entries of a linear layer's weight: their gradient comes from the layer's input and output gradient,
+    never dense."""
 
-    def __init__(self, module: nn.Module, *, name: str, region: Blocks) -> None:
+    def __init__(self, module: nn.Module, *, name: str, region: Blocks | Entries) -> None:
         transposed = isinstance(module, Conv1D)
         assert isinstance(module.weight, Tensor)
-        self.member = Member(region.groups(module.weight.shape), transposed=transposed)
+        self.member = Member(region, module.weight.shape, transposed=transposed)
         super().__init__(module, "weight", name=name, region=region)
 
     def arm(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.entries import Entries
 from ..core.plan import Plan
 from ..core.region import Blocks, Region
 from .general import seeing_class
@@ -27,7 +28,11 @@ def _read_alone(model: nn.Module, holders: list[tuple[nn.Module, str]], region: 
     (module, key), *others = holders
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return (
-        not others and key == "weight" and type(module) in _LINEAR and module is not head and isinstance(region, Blocks)
+        not others
+        and key == "weight"
+        and type(module) in _LINEAR
+        and module is not head
+        and isinstance(region, Blocks | Entries)
     )
 
 
@@ -42,7 +47,7 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool) -> dict[str, Pa
     for name, region in plan.items():
         module, key = holders[name][0]
         if _read_alone(model, holders[name], region):
-            assert isinstance(region, Blocks)
+            assert isinstance(region, Blocks | Entries)
             parts[name] = linear = LinearPart(module, name=name, region=region)
             module._thrifty = {key: linear}  # type: ignore[assignment]
             module.__class__ = _LINEAR[type(module)]

@@ -8,12 +8,15 @@ backward, so that checkpointing saves the same shapes twice.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core.region import BlockGroup
+from ..core.entries import Entries
+from ..core.region import Blocks
+from ..kernels.entry_grad import EntryLayout
 from ..kernels.region_grad import Layout, StripGroup
 from ..kernels.region_ways import Runs
 
@@ -39,33 +42,49 @@ class Strips:
 
 
 class Member:
-    """One module's blocks, in terms of the strip it shares."""
+    """One module's region of a weight of `shape`, in terms of the strip it shares. `transposed`: stored `[in, out]`, so
+    that the rows are inputs."""
 
-    def __init__(self, blocks: tuple[BlockGroup, ...], *, transposed: bool) -> None:
-        self.blocks, self.transposed = blocks, transposed
-        if transposed:  # stored [in, out]: a block's rows are inputs
-            columns = [(g.rows[:, None] + torch.arange(g.h)).flatten() for g in blocks]
-        else:
-            columns = [(g.cols[:, None] + torch.arange(g.w)).flatten() for g in blocks]
-        self.bind(Strips(torch.cat(columns).unique()))
+    def __init__(self, region: Blocks | Entries, shape: Sequence[int], *, transposed: bool) -> None:
+        self.region, self.shape, self.transposed = region, tuple(shape), transposed
+        self.bind(Strips(self._columns()))
+
+    def _columns(self) -> Tensor:
+        """The input columns used, sorted."""
+        if isinstance(self.region, Entries):
+            rows, cols = self.region.positions(self.shape)
+            return (rows if self.transposed else cols).unique()
+        groups = self.region.groups(self.shape)
+        starts = [(g.rows, g.h) if self.transposed else (g.cols, g.w) for g in groups]
+        return torch.cat([(start[:, None] + torch.arange(size)).flatten() for start, size in starts]).unique()
 
     def bind(self, strips: Strips) -> None:
-        """Point the blocks at the columns of `strips`."""
+        """Point the region at the columns of `strips`."""
         self.strips = strips
         self.enlist()
-        self.layout = Layout(
+        self.layout = self._entries() if isinstance(self.region, Entries) else self._blocks(self.region)
+
+    def _blocks(self, region: Blocks) -> Layout:
+        return Layout(
             StripGroup(
                 h=g.h,
                 w=g.w,
-                rows=self._slots(g.rows) if self.transposed else tuple(g.rows.tolist()),
-                slots=tuple(g.cols.tolist()) if self.transposed else self._slots(g.cols),
+                rows=tuple((self._slots(g.rows) if self.transposed else g.rows).tolist()),
+                slots=tuple((g.cols if self.transposed else self._slots(g.cols)).tolist()),
                 offset=g.offset,
             )
-            for g in self.blocks
+            for g in region.groups(self.shape)
         )
 
-    def _slots(self, columns: Tensor) -> tuple[int, ...]:
-        return tuple(torch.searchsorted(self.strips.columns, columns).tolist())
+    def _entries(self) -> EntryLayout:
+        assert isinstance(self.region, Entries)
+        rows, cols = self.region.positions(self.shape)
+        if self.transposed:
+            return EntryLayout(self._slots(rows), cols, columns=self.shape[1])
+        return EntryLayout(rows, self._slots(cols), columns=len(self.strips.columns))
+
+    def _slots(self, columns: Tensor) -> Tensor:
+        return torch.searchsorted(self.strips.columns, columns)
 
     def enlist(self) -> None:
         """Be known to the strips; again after a deep copy, whose weak references still point at the original."""
