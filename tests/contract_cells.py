@@ -47,22 +47,42 @@ class Row:
     probes: bool = False
     exact: bool = True
     tolerance: Mapping[str, float] | None = None
-
-    @property
-    def selects(self) -> bool:
-        """Does it choose blocks under a budget?"""
-        return self.budget is not None
+    blocks: bool = False  # does it choose square blocks under a budget?
+    entries: bool = False  # can it train single numbers, so that any budget buys something?
+    families: tuple[str, ...] = FAMILIES
 
 
 _LINEAR = r".*\.(q_proj|k_proj|v_proj|c_attn|c_proj|up_proj)"
 _MERGED = {"float32": 5e-5, "float32+bf16": 5e-5, "bfloat16": 0.3}
 METHODS = {
     # sizes that divide none of 20, 40, 72, 120, so that every matrix has ragged edges
-    "smt": Row(method={"smt": {"block_size": 14}}, budget=0.02, probes=True),
+    "smt": Row(method={"smt": {"block_size": 14}}, budget=0.02, probes=True, blocks=True),
     "strip_first": Row(
-        method={"smt": {"block_size": [14, 6], "scope": "per_kind", "input_budget": "12%"}}, budget=0.02, probes=True
+        method={"smt": {"block_size": [14, 6], "scope": "per_kind", "input_budget": "12%"}},
+        budget=0.02,
+        probes=True,
+        blocks=True,
     ),
-    "random_blocks": Row(method={"random_blocks": {"block_size": [7, 11]}}, budget=0.02),
+    "random_blocks": Row(method={"random_blocks": {"block_size": [7, 11]}}, budget=0.02, blocks=True),
+    "random_rows": Row(method="random_rows", budget=0.02),
+    "random_columns": Row(method="random_columns", budget=0.02),
+    "random_entries": Row(method="random_entries", budget=0.02, entries=True),
+    "magnitude": Row(method={"magnitude": {"scope": "per_kind"}}, budget=0.02, entries=True),
+    "lift": Row(method={"lift": {"rank": 4}}, budget=0.05, entries=True),
+    "gps": Row(method="gps", budget=0.05, probes=True),
+    "diablo": Row(method={"diablo": {"blocks": 7}}),
+    "bitfit": Row(method="bitfit", families=("qwen2", "gpt2")),
+    "telly": Row(method={"telly": {"freeze": 1}}),
+    "locft_bf": Row(method={"locft_bf": {"module": "mlp"}}),
+    "custom": Row(
+        method=[
+            {"select": {"blocks": {"block_size": 14, "target_modules": r".*attn.*"}}},
+            {"select": {"rows": {"target_modules": r".*mlp.*"}}, "budget": 0.01},
+            {"select": "norms"},
+        ],
+        budget=0.03,
+        probes=True,
+    ),
     "full": Row(method="full"),
     "lora": Row(method={"peft": {"peft_type": "LORA", "r": 2}}, exact=False, tolerance=_MERGED),
     # PEFT has no DoRA for stacked experts
@@ -74,7 +94,9 @@ SETTINGS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32+bf16": (torch.float32, torch.bfloat16),
     "bfloat16": (torch.bfloat16, None),
 }
-CELLS = [(method, family, setting) for method in METHODS for family in FAMILIES for setting in SETTINGS]
+CELLS = [
+    (method, family, setting) for method, row in METHODS.items() for family in row.families for setting in SETTINGS
+]
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:

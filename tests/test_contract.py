@@ -18,7 +18,7 @@ from thrifty.select.targets import targets
 from thrifty.update.linear import LinearPart
 from thrifty.update.tuning import attach_with
 
-SELECTING = [cell for cell in CELLS if METHODS[cell[0]].selects]
+SELECTING = [cell for cell in CELLS if METHODS[cell[0]].blocks]
 EXACT = [cell for cell in CELLS if METHODS[cell[0]].exact]
 # largest relative error of a gradient: float32 sums in another order; bfloat16 keeps 8 bits
 ROUNDING = {"float32": 1e-5, "float32+bf16": 2e-2, "bfloat16": 2e-2}

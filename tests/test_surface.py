@@ -12,6 +12,23 @@ from thrifty.cli.main import parser
 from thrifty.run.config import DataConfig, EvalConfig, RunConfig
 
 NAMES = ["Budget", "Delta", "Method", "Plan", "attach", "methods", "train"]
+METHODS = [
+    "bitfit",
+    "custom",
+    "diablo",
+    "full",
+    "gps",
+    "lift",
+    "locft_bf",
+    "magnitude",
+    "peft",
+    "random_blocks",
+    "random_columns",
+    "random_entries",
+    "random_rows",
+    "smt",
+    "telly",
+]
 VERBS = {
     "demo": ["settings"],
     "init": ["--data", "--eval", "--model", "file"],
@@ -50,7 +67,7 @@ def test_public_names() -> None:
     for name in NAMES:
         assert callable(getattr(thrifty, name))
         assert (getattr(thrifty, name).__doc__ or "").strip(), name
-    assert sorted(thrifty.methods()) == ["full", "peft", "random_blocks", "smt"]
+    assert sorted(thrifty.methods()) == METHODS
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = thrifty.trian
 

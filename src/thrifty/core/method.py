@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,11 @@ class Selector(Protocol):
 
     @property
     def statistics(self) -> frozenset[str]: ...
+
+    @property
+    def spends(self) -> bool:
+        """Does it choose as much as a budget buys? Otherwise its size is its own, and a budget is only checked."""
+        ...
 
     def check(self, model: nn.Module, budget: Budget | None) -> None:
         """ThriftyError for what is wrong before any gradient is taken."""
@@ -43,10 +48,11 @@ class Update(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One select -> update pair. A peer that places its own parts has no selector."""
+    """One select -> update pair. A peer that places its own parts has no selector. `budget`: of this part alone."""
 
     select: Selector | None
     update: Update
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +72,13 @@ class Method:
         return any(part.select is not None and part.select.statistics for part in self.parts)
 
 
-def parse_method(value: str | Mapping[str, Any] | Method) -> Method:
-    """A name, `{name: {option: value}}` or a Method. ThriftyError names the nearest method or option."""
+def parse_method(value: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Method) -> Method:
+    """A name, `{name: {option: value}}`, a list of `{select, update, budget}` parts (the method `custom`), or a Method.
+    ThriftyError names the nearest method or option."""
     if isinstance(value, Method):
         return value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = {"custom": {"parts": list(value)}}
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:

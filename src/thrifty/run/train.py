@@ -21,6 +21,7 @@ from thrifty.delta import Delta
 from thrifty.objective.isolation import check_packing
 from thrifty.objective.next_token import install, loss_of, uninstall
 from thrifty.objective.proof import prepare
+from thrifty.select.compose import check as check_method
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning, attach_with
 
@@ -131,9 +132,7 @@ def _load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Rows:
 
 def _check_fits(config: RunConfig, model: PreTrainedModel, rows: _Rows) -> None:
     """ThriftyError where a row holds a token or a position that the model does not have, or nothing can be selected."""
-    for part in parse_method(config.method).parts:
-        if part.select is not None:
-            part.select.check(model, config.budget)
+    check_method(parse_method(config.method), model, config.budget)
     every = [*rows.train, *(rows.eval or ())]
     check_vocabulary(every, model.get_input_embeddings().num_embeddings)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..core.errors import ThriftyError, unknown
 from ..core.plan import Plan, kind_of
 from ..core.region import Blocks, Region
 from .inputs import Input, kept_inputs, same_inputs, strip_linears
+from .layers import Layers
 from .pick import SCOPES, pick
 from .probe import STATISTICS, Probe
 from .strip_first import Strips, check_input_budget, columns_of
@@ -86,6 +88,7 @@ class TopBlocks:
     block_size: BlockSize = "auto"
     target_modules: str | Sequence[str] = "all-linear"
     input_budget: float | str | None = None
+    layers: Layers = None
 
     def __post_init__(self) -> None:
         if self.score not in STATISTICS and self.score != _RANDOM:
@@ -96,13 +99,15 @@ class TopBlocks:
         if self.input_budget is not None:
             share_of(self.input_budget, key="input_budget")
 
+    spends: ClassVar[bool] = True
+
     @property
     def statistics(self) -> frozenset[str]:
         return frozenset() if self.score == _RANDOM else frozenset({self.score})
 
     def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
         numbers = (budget or Budget(fraction=0.01)).numbers(model)
-        chosen = targets(model, self.target_modules)
+        chosen = targets(model, self.target_modules, layers=self.layers)
         return {name: block_shape(self.block_size, target, numbers=numbers) for name, target in chosen.items()}
 
     def check(self, model: nn.Module, budget: Budget | None) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import ThriftyError
 from ..data.units import units
 from ..kernels.region_grad import block_sums
+from .entry_sums import ENTRY_GRID, EntrySums
 from .inputs import Input, watch_inputs
 
 __all__ = ["STATISTICS", "Loss", "Probe", "model_loss", "run_probe"]
@@ -45,10 +46,10 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 @dataclass
 class Probe:
-    """Sums of each statistic: `sums[statistic][parameter]`, float64 `[..., block rows, block columns]`, over
-    `units`. `inputs`: which linear layers among the parameters read the same input."""
+    """Sums of each statistic over `units`: `sums[statistic][parameter]`, float64 `[..., block rows, block columns]`;
+    for single numbers on disk. `inputs`: which linear layers among the parameters read the same input."""
 
-    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    sums: dict[str, dict[str, Tensor | EntrySums]] = field(default_factory=dict)
     inputs: tuple[Input, ...] = ()
     units: int = 0
     seconds: float = 0.0
@@ -56,7 +57,9 @@ class Probe:
     def mean(self, statistic: str, name: str, *, sizes: Tensor) -> Tensor:
         """Mean over units and over the numbers of each block (`sizes` counts them). ThriftyError if it is not
         finite."""
-        value = (self.sums[statistic][name] / (self.units * sizes)).abs()
+        sums = self.sums[statistic][name]
+        value = (sums.read() if isinstance(sums, EntrySums) else sums) / (self.units * sizes)
+        value = value.abs()
         if not bool(torch.isfinite(value).all()):
             raise ThriftyError(
                 f"the probe's {statistic} of {name} is not finite: the loss overflows on this data; "
@@ -86,10 +89,13 @@ def _only(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Param
             module.training = True
 
 
-def _reduce(gradient: Tensor, weight: Tensor, statistics: Iterable[str], grid: tuple[int, int]) -> dict[str, Tensor]:
+def _reduce(
+    gradient: Tensor, weight: Tensor, statistic: Callable[[Tensor, Tensor], Tensor], grid: tuple[int, int]
+) -> Tensor:
+    """The statistic summed over each block, float64 `[..., block rows, block columns]`."""
     h, w = grid
     step = max(1, _CHUNK // (h * gradient.shape[-1])) * h
-    found: dict[str, list[Tensor]] = {statistic: [] for statistic in statistics}
+    found = []
     for matrix, values in zip(
         gradient.flatten(0, -3) if gradient.ndim == 3 else [gradient],
         weight.flatten(0, -3) if weight.ndim == 3 else [weight],
@@ -97,12 +103,16 @@ def _reduce(gradient: Tensor, weight: Tensor, statistics: Iterable[str], grid: t
     ):
         for i in range(0, matrix.shape[0], step):
             g, v = matrix[i : i + step], values[i : i + step]
-            for statistic, parts in found.items():
-                parts.append(
-                    block_sums(STATISTICS[statistic](g.float() if g.dtype != torch.float64 else g, v), h=h, w=w)
-                )
-    lead = gradient.shape[:-2]
-    return {s: torch.cat(parts).double().view(*lead, -1, parts[0].shape[-1]) for s, parts in found.items()}
+            found.append(block_sums(statistic(g.float() if g.dtype != torch.float64 else g, v), h=h, w=w))
+    return torch.cat(found).double().view(*gradient.shape[:-2], -1, found[0].shape[-1])
+
+
+def _zeros(parameter: Tensor, grid: tuple[int, int]) -> Tensor | EntrySums:
+    shape = parameter.shape
+    if grid == ENTRY_GRID:
+        return EntrySums(shape)
+    blocks = (*shape[:-2], -(-shape[-2] // grid[0]), -(-shape[-1] // grid[1]))
+    return torch.zeros(blocks, dtype=torch.float64, device=parameter.device)
 
 
 def run_probe(
@@ -123,14 +133,18 @@ def run_probe(
         def hook(p: Tensor) -> None:
             assert p.grad is not None
             with torch.no_grad():
-                for statistic, sums in _reduce(p.grad, p, wanted, grids[name]).items():
-                    kept = probe.sums[statistic]
-                    kept[name] = kept[name] + sums if name in kept else sums
+                for statistic in wanted:
+                    sums = probe.sums[statistic][name]
+                    if isinstance(sums, EntrySums):
+                        sums.add(p.grad, p, STATISTICS[statistic])
+                    else:
+                        sums += _reduce(p.grad, p, STATISTICS[statistic], grids[name])
             p.grad = None
 
         return hook
 
-    probe.sums = {statistic: {} for statistic in wanted}
+    parameters = dict(model.named_parameters())
+    probe.sums = {s: {name: _zeros(parameters[name], grid) for name, grid in grids.items()} for s in wanted}
     with _only(model, grids) as chosen, watch_inputs(model, grids) as inputs, torch.enable_grad():
         try:
             hooks = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in chosen.items()]
@@ -156,10 +170,5 @@ def run_probe(
             "the probe's gradients are zero everywhere: no label is predicted (the first of a row never is), "
             "or the loss does not depend on the target modules; check the data and target_modules"
         )
-    for statistic in wanted:
-        for name, p in chosen.items():
-            h, w = grids[name]
-            grid = (*p.shape[:-2], -(-p.shape[-2] // h), -(-p.shape[-1] // w))
-            probe.sums[statistic].setdefault(name, torch.zeros(grid, dtype=torch.float64, device=device))
     probe.seconds = time.perf_counter() - start
     return probe

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import ThriftyError, unknown
+from .layers import Layers, in_layers
 
 __all__ = ["Target", "targets"]
 
@@ -65,9 +66,19 @@ def _by_module(model: nn.Module, *, embeddings: bool) -> dict[str, Target]:
     return found
 
 
-def targets(model: nn.Module, target_modules: str | Sequence[str]) -> Mapping[str, Target]:
+def targets(model: nn.Module, target_modules: str | Sequence[str], *, layers: Layers = None) -> Mapping[str, Target]:
     """Candidates by parameter name. A list matches module names or their endings, a string is a regular expression on
-    the whole module name; each entry must match something, else ThriftyError with the nearest name."""
+    the whole module name; each entry must match something, else ThriftyError with the nearest name. `layers`: only
+    those that lie there (`in_layers`)."""
+    found = _matching(model, target_modules)
+    inside = in_layers(dict(model.named_parameters()), layers)
+    chosen = {name: target for name, target in found.items() if name in inside}
+    if not chosen:
+        raise ThriftyError(f"layers {layers!r} holds none of target_modules {target_modules!r}: choose other layers")
+    return chosen
+
+
+def _matching(model: nn.Module, target_modules: str | Sequence[str]) -> Mapping[str, Target]:
     if target_modules == "all-linear":
         chosen = _by_module(model, embeddings=False)
         if not chosen:

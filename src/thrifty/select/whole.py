@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -18,6 +19,8 @@ __all__ = ["Everything"]
 @dataclass(frozen=True, kw_only=True)
 class Everything:
     """All parameters. A budget beside it is only checked."""
+
+    spends: ClassVar[bool] = False
 
     @property
     def statistics(self) -> frozenset[str]:

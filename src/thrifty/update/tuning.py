@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ from ..core.errors import ThriftyError
 from ..core.method import Method, parse_method
 from ..core.plan import Plan
 from ..delta import Delta, Piece, fingerprint
-from ..select.probe import Loss, model_loss, run_probe
+from ..select.compose import compose
+from ..select.probe import Loss, model_loss
 from .base import base_tensors, can_read_base
 from .early_stop import allow_early_stop, as_before
 from .part import Part
@@ -174,7 +175,7 @@ def _mark(tensor: Tensor) -> Tensor:
 
 def attach(
     model: nn.Module,
-    method: str | Mapping[str, Any] | Method,
+    method: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Method,
     *,
     budget: Budget | float | int | str | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
@@ -191,7 +192,7 @@ def attach(
 
 def attach_with(
     model: nn.Module,
-    method: str | Mapping[str, Any] | Method,
+    method: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Method,
     *,
     budget: Budget | float | int | str | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
@@ -205,29 +206,11 @@ def attach_with(
     limit = None if budget is None else Budget.parse(budget)
     if any(hasattr(module, "_thrifty") for module in model.modules()):
         raise ThriftyError("this model is attached already: call finish() on its tuning first")
-    (part,) = method.parts
-    if part.select is None:
+    if method.parts[0].select is None:
         return attach_peer(model, method, budget=limit, seed=seed)
     seconds = 0.0
     if plan is None:
-        part.select.check(model, limit)
-        probe = None
-        if method.needs_probe:
-            if batches is None:
-                raise ThriftyError(
-                    f"method {method.name!r} looks at gradients first: pass batches=[...] "
-                    "(dicts with input_ids, attention_mask, labels)"
-                )
-            probe = run_probe(
-                model,
-                batches,
-                grids=part.select.grids(model, limit),
-                statistics=part.select.statistics,
-                loss=loss,
-                rows=probe_rows,
-            )
-            seconds = probe.seconds
-        plan = part.select.select(model, probe=probe, budget=limit, seed=seed)
+        plan, seconds = compose(method, model, limit, batches=batches, seed=seed, loss=loss, rows=probe_rows)
     else:
         plan = Plan.of(model, plan, kept_columns=plan.kept_columns)
     return Tuning(model, method, plan, seed=seed, probe_seconds=seconds)

@@ -1,0 +1,88 @@
+"""A method written in a run file: several select -> update parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from ..core.budget import Budget
+from ..core.errors import ThriftyError, unknown
+from ..core.method import Method, Part, Selector
+from ..core.registry import method
+from ..select.blocks import TopBlocks
+from ..select.diagonal import Diagonal
+from ..select.entries import TopEntries
+from ..select.tensors import Tensors
+from ..update.in_place import InPlace
+
+__all__ = ["custom"]
+
+_SELECT = {
+    "blocks": TopBlocks,
+    "rows": partial(TopBlocks, block_size="row"),
+    "columns": partial(TopBlocks, block_size="column"),
+    "entries": TopEntries,
+    "diagonal": Diagonal,
+    "tensors": Tensors,
+    "biases": partial(Tensors, only="biases"),
+    "norms": partial(Tensors, only="norms"),
+}
+_UPDATE = {"in_place": InPlace}
+_KEYS = ("select", "update", "budget")
+
+
+@method(
+    family="custom",
+    paper="none: what the run file says",
+    learning_rate=1e-3,
+    cost="the sum of its parts",
+    needs_probe=True,
+)
+def custom(*, parts: Sequence[Mapping[str, Any]]) -> Method:
+    """Several parts, each a selector with what is trained there; `method: [...]` in a run file is short for it.
+
+    A part is `{select: {blocks: {block_size: 64, target_modules: [q_proj]}}, budget: 0.5%}`. Selectors: blocks, rows,
+    columns, entries, diagonal, tensors, biases, norms. Parts without a budget share what the others leave of the run's.
+    No tensor may be in two parts. When not to use it: where a named method says the same.
+    """
+    if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
+        raise ThriftyError(f"parts must be a list such as [{{select: biases}}], not {parts!r}")
+    return Method(name="custom", parts=tuple(_part(i, part) for i, part in enumerate(parts, 1)))
+
+
+def _part(number: int, value: Mapping[str, Any]) -> Part:
+    if not isinstance(value, Mapping) or "select" not in value:
+        raise ThriftyError(f"part {number} must be a mapping with 'select', such as {{select: biases}}, not {value!r}")
+    for key in value:
+        if key not in _KEYS:
+            raise ThriftyError(f"part {number}: {unknown('key', str(key), _KEYS)}")
+    update = value.get("update", "in_place")
+    if update not in _UPDATE:
+        raise ThriftyError(f"part {number}: {unknown('update', str(update), _UPDATE)}")
+    budget = value.get("budget")
+    return Part(
+        select=_selector(number, value["select"]),
+        update=_UPDATE[update](),
+        budget=None if budget is None else Budget.parse(budget),
+    )
+
+
+def _selector(number: int, value: str | Mapping[str, Any]) -> Selector:
+    value = {value: {}} if isinstance(value, str) else value
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ThriftyError(f"part {number}: select must be a name or one mapping like {{blocks: {{block_size: 64}}}}")
+    (name, options), *_ = value.items()
+    if name not in _SELECT:
+        raise ThriftyError(f"part {number}: {unknown('selector', str(name), _SELECT)}")
+    build = _SELECT[name]
+    fixed = build.keywords if isinstance(build, partial) else {}
+    fields = dataclasses.fields(build.func if isinstance(build, partial) else build)
+    known = [field.name for field in fields if field.name not in fixed]
+    options = dict(options or {})
+    for key in options:
+        if key not in known:
+            raise ThriftyError(f"part {number}: {unknown(f'option of {name}:', str(key), known)}")
+    selector: Selector = build(**options)
+    return selector

@@ -1,0 +1,39 @@
+"""Low-rank Informed Sparse Fine-Tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..core.method import Method, Part
+from ..core.registry import method
+from ..select.entries import TopEntries
+from ..select.layers import Layers
+from ..update.in_place import InPlace
+
+__all__ = ["lift"]
+
+
+@method(
+    family="entry-sparse",
+    paper="LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction, arXiv 2506.00772",
+    learning_rate=1e-3,
+    cost="16 bytes per trained number, 8 for its place; forward as the base model; backward dy W + dy^T x in pieces",
+)
+def lift(
+    *,
+    rank: int = 128,
+    target_modules: str | Sequence[str] = "all-linear",
+    layers: Layers = None,
+) -> Method:
+    """Train, in place, the weights that are largest after a reduction of rank.
+
+    The paper's principal weights: W_r is the best approximation of W of rank r (here by randomized SVD); in each matrix
+    the entries with the largest |W_r| are trained, 5 % in the paper. No data is looked at. Not done here: the paper
+    computes the mask again every few hundred steps; here it stays as it is at the start.
+
+    When not to use it: where the budget is far below 1 %: a mask by gradient then holds more of what has to change.
+    """
+    select = TopEntries(
+        score="low_rank_magnitude", scope="per_matrix", rank=rank, target_modules=target_modules, layers=layers
+    )
+    return Method(name="lift", parts=(Part(select=select, update=InPlace()),))

@@ -1,0 +1,105 @@
+"""Whole tensors: by module, by layer, by what they are (weights, biases, norms)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from ..core.budget import Budget
+from ..core.errors import ThriftyError, unknown
+from ..core.plan import Plan
+from ..core.region import Whole
+from .layers import Layers, in_layers, layer_of
+
+__all__ = ["ONLY", "Tensors"]
+
+ONLY = ("all", "weights", "biases", "norms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """Whole parameters. A budget beside it is only checked.
+
+    target_modules: None for every module, module names or their endings, or a regular expression on the module's name.
+    only: `weights` (matrices), `biases`, `norms` (other vectors), or `all`. layers: see `in_layers`; None: everywhere.
+    after: with `layers`, also what follows the last layer (the final norm; the head, where it is not tied).
+    """
+
+    target_modules: str | Sequence[str] | None = None
+    only: str = "all"
+    layers: Layers = None
+    after: bool = False
+
+    def __post_init__(self) -> None:
+        if self.only not in ONLY:
+            raise ThriftyError(unknown("only", str(self.only), ONLY))
+
+    spends: ClassVar[bool] = False
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        return frozenset()
+
+    def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
+        return {}
+
+    def check(self, model: nn.Module, budget: Budget | None) -> None:
+        """ThriftyError where nothing matches, or a budget is given that this exceeds by more than 5 %."""
+        plan = self.select(model, probe=None, budget=None, seed=0)
+        if budget is not None and plan.trainable_parameters > 1.05 * budget.numbers(model):
+            raise ThriftyError(
+                f"whole tensors hold {plan.trainable_parameters:,} numbers, more than budget {budget} allows "
+                f"({budget.numbers(model):,}): remove budget, choose fewer, or take a method that fits it, such as smt"
+            )
+
+    def select(self, model: nn.Module, *, probe: object, budget: Budget | None, seed: int) -> Plan:
+        parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
+        inside = in_layers(parameters, self.layers) | (_after_layers(parameters) if self.after else set())
+        found = self._modules(model, parameters) & inside
+        found = {name for name in found if self.only == "all" or _sort(name, parameters[name].ndim) == self.only}
+        if not found:
+            asked = [f"only={self.only!r}" if self.only != "all" else "", f"layers={self.layers!r}"]
+            raise ThriftyError(
+                f"{type(model).__name__} has no tensor with {', '.join(a for a in asked if a and 'None' not in a)} in "
+                f"target_modules {self.target_modules!r}: choose more modules or layers, or leave 'only' out"
+            )
+        return Plan.of(model, {name: Whole() for name in parameters if name in found})
+
+    def _modules(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+        if self.target_modules is None:
+            return set(parameters)
+        modules = [name for name, _ in model.named_modules() if name]
+        if isinstance(self.target_modules, str):
+            try:
+                pattern = re.compile(self.target_modules)
+            except re.error as error:
+                raise ThriftyError(
+                    f"target_modules: {self.target_modules!r} is no regular expression ({error})"
+                ) from None
+            chosen = [name for name in modules if pattern.fullmatch(name)]
+            missing = [] if chosen else [self.target_modules]
+        else:
+            hits = {w: [m for m in modules if m == w or m.endswith(f".{w}")] for w in self.target_modules}
+            chosen = [name for matching in hits.values() for name in matching]
+            missing = [wanted for wanted, matching in hits.items() if not matching]
+        if missing:
+            endings = {name.rsplit(".", 1)[-1] for name in modules}
+            raise ThriftyError(f"target_modules: {unknown('module', missing[0], endings)}")
+        return {name for name in parameters if any(name.startswith(f"{module}.") for module in chosen)}
+
+
+def _after_layers(names: Iterable[str]) -> set[str]:
+    """Those that come after the last of the layers, in the model's order."""
+    names = list(names)
+    last = max((i for i, name in enumerate(names) if layer_of(name) is not None), default=len(names))
+    return set(names[last + 1 :])
+
+
+def _sort(name: str, dimensions: int) -> str:
+    if dimensions > 1:
+        return "weights"
+    return "biases" if name.rsplit(".", 1)[-1].endswith("bias") else "norms"
