@@ -45,9 +45,16 @@ def counted(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 @settings(max_examples=150, deadline=None)
-@given(blocks(), st.sampled_from(DTYPES))
-def test_gather_scatter_mask_and_size_agree(made: tuple[Blocks, tuple[int, ...]], dtype: torch.dtype) -> None:
-    region, shape = made
+@given(blocks(), st.sampled_from(DTYPES), st.sampled_from([1, 4096]))
+def test_gather_scatter_mask_and_size_agree(
+    made: tuple[Blocks, tuple[int, ...]], dtype: torch.dtype, large: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("thrifty.core.region._LARGE", large)
+        _gather_scatter_mask_and_size_agree(*made, dtype)
+
+
+def _gather_scatter_mask_and_size_agree(region: Blocks, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     mask, tensor = plain_mask(region, shape), counted(shape, dtype)
     before = tensor.clone()
     assert torch.equal(region.mask(shape), mask)

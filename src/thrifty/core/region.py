@@ -112,6 +112,24 @@ class BlockGroup:
         return rows[:, :, None], cols[:, None, :]
 
 
+_LARGE = 4096  # numbers of a block from which a copy of its own is faster than an index, on a CPU
+
+
+def _write(matrix: Tensor, group: BlockGroup, piece: Tensor) -> None:
+    """Write the blocks `piece` `[n, h, w]` of `group` into `matrix`: at every optimizer step, so it must be quick."""
+    _, h, w = piece.shape
+    if (h, w) == (1, matrix.shape[1]):
+        matrix.index_copy_(0, group.rows.to(matrix.device), piece[:, 0])
+    elif (h, w) == (matrix.shape[0], 1):
+        matrix.index_copy_(1, group.cols.to(matrix.device), piece[:, :, 0].t())
+    elif matrix.device.type == "cpu" and h * w >= _LARGE:
+        for k, (row, col) in enumerate(zip(group.rows.tolist(), group.cols.tolist(), strict=True)):
+            matrix[row : row + h, col : col + w] = piece[k]
+    else:
+        rows, cols = group.element_index()
+        matrix[rows.to(matrix.device), cols.to(matrix.device)] = piece
+
+
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Blocks of `shape` (rows, columns) of a matrix; edge blocks are smaller where the size does not divide.
@@ -197,9 +215,8 @@ class Blocks:
     def scatter_(self, tensor: Tensor, values: Tensor) -> None:
         matrix, flat = tensor.view(-1, tensor.shape[-1]), values.flatten()
         for group in self.groups(tensor.shape):
-            rows, cols = group.element_index()
             piece = flat[group.offset : group.offset + group.numbers].view(-1, group.h, group.w)
-            matrix[rows.to(tensor.device), cols.to(tensor.device)] = piece.to(device=tensor.device, dtype=tensor.dtype)
+            _write(matrix, group, piece.to(device=tensor.device, dtype=tensor.dtype))
 
     def mask(self, shape: Sequence[int]) -> Tensor:
         return mask_of(self, shape)
