@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from .machine import describe
+from .plots import write_plots
 from .rounds import measure
 from .suites import SUITES
 from .tables import group_table, target_table
@@ -23,7 +24,9 @@ _GROUPS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suites", nargs="*", default=["bench"], help=f"{', '.join([*_GROUPS, *SUITES])}, or tables")
+    parser.add_argument(
+        "suites", nargs="*", default=["bench"], help=f"{', '.join([*_GROUPS, *SUITES])}, tables or plots"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/performance"), help="folder of the JSON files")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each contender")
     parser.add_argument("--rounds", type=int, help="instead of each suite's own number")
@@ -31,6 +34,9 @@ def main() -> None:
     chosen = [suite for name in args.suites for suite in _GROUPS.get(name, (name,))]
     if chosen == ["tables"]:
         print(_tables(args.out))
+        return
+    if chosen == ["plots"]:
+        print(*write_plots(_results(args.out), Path("docs/performance")), sep="\n")
         return
     for name in chosen:
         if name not in SUITES:
