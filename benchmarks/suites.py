@@ -38,7 +38,7 @@ def _smt_step(name: str, shape: str, share: float, *, block: Any = 64, **options
     return _step(name, "method", shape, method=_smt(block, **options), share=share)
 
 
-_STRIP_FIRST = _smt_step("strip-first", "smollm2", 0.01, block=[64, 16], input_budget=0.1)
+_STRIP_FIRST = _smt_step("strip-first", "smollm2", 0.01, block=[64, 16], input_budget=0.2)
 
 
 def _floor(shape: str, **more: Any) -> Spec:

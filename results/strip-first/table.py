@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 HERE = Path(__file__).parent
-METHODS = ("blocks", "strips", "strips_fine", "columns")
+METHODS = ("blocks", "strips", "strips_20", "strips_fine", "columns")
 
 
 def loss(run: dict) -> float:
