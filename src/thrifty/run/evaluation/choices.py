@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -113,7 +114,7 @@ def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> list[float]:
     outputs: list[Any] = []
     handle = trunk.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        model(**batch)
+        model(**{**batch, "labels": torch.full_like(batch["labels"], IGNORED)})  # the head is run below, row by row
     finally:
         handle.remove()
     output = outputs[0]  # later calls are the stub that the head runs behind
