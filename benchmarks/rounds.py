@@ -35,7 +35,7 @@ class _Worker:
 def measure(specs: Sequence[Mapping[str, Any]], *, rounds: int) -> dict[str, Any]:
     """`{name: {"spec", "seconds": [of each round], ...}}`.
 
-    Contenders load side by side, then each takes one step per round in turn. The record that a contender makes
+    Contenders load one after the other, then each takes one step per round in turn. The record that a contender makes
     of itself at the end (bytes, counts) is added to what was timed.
     """
     workers: list[_Worker] = []
@@ -44,6 +44,9 @@ def measure(specs: Sequence[Mapping[str, Any]], *, rounds: int) -> dict[str, Any
         for spec in specs:
             workers.append(_Worker(spec))
         for worker in workers:
+            worker.read()  # imported, which they may do side by side; threads that wait for each other would not
+        for worker in workers:
+            worker.tell("go")
             worker.read()
             sys.stderr.write(f"  {worker.name} is ready\n")
         for _ in range(rounds):

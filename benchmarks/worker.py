@@ -22,10 +22,14 @@ def main() -> None:
     if "trainer" in spec:
         from .trainers import run_trainer
 
+        gate.say(imported=True)
+        gate.wait()
         gate.say(record=run_trainer(spec, gate))
         return
     from .steps import step_contender
 
+    gate.say(imported=True)
+    gate.wait()
     contender = step_contender(spec)
     for _ in range(_WARM_UP):
         contender.step()

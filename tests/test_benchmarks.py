@@ -17,6 +17,8 @@ from benchmarks.tables import group_table, target_table
 _WORKER = """
 import json, sys
 spec = json.loads(sys.argv[1])
+print(json.dumps({"imported": True}), flush=True)
+assert sys.stdin.readline().strip() == "go"
 print(json.dumps({"ready": True}), flush=True)
 for number, line in enumerate(sys.stdin):
     if line.strip() != "go":
