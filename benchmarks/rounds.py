@@ -55,7 +55,10 @@ def measure(specs: Sequence[Mapping[str, Any]], *, rounds: int) -> dict[str, Any
                 results[worker.name]["seconds"].append(worker.read()["seconds"])
         for worker in workers:
             worker.tell("stop")
-            results[worker.name] |= worker.read()["record"]
+            try:
+                results[worker.name] |= worker.read()["record"]
+            except RuntimeError as error:  # what was timed stands
+                results[worker.name]["failed"] = str(error)
     finally:
         for worker in workers:
             worker.process.kill()

@@ -146,9 +146,9 @@ SUITES: Mapping[str, Callable[[], list[Group]]] = {
     "memory": lambda: memory(rounds=4),
     "llama": lambda: steps("llama", rounds=25),
     "qwen": lambda: steps("qwen", rounds=25),
-    "share": lambda: growth_share(rounds=9),
-    "block": lambda: growth_block(rounds=9),
-    "tokens": lambda: growth_tokens(rounds=9),
+    "share": lambda: growth_share(rounds=5),
+    "block": lambda: growth_block(rounds=5),
+    "tokens": lambda: growth_tokens(rounds=5),
 }
 
 

@@ -108,3 +108,19 @@ def test_lora_keeps_whole_inputs_and_its_own_middle() -> None:
         f"{prefix}.self_attn.v_proj": middle,  # its input is kept by q_proj already
         f"{prefix}.mlp.down_proj": 4 * TOKENS * WIDE + middle,
     }
+
+
+def test_a_sparse_tensor_counts_as_its_indices_and_values() -> None:
+    """PEFT's SHiRA saves one."""
+
+    class Sparse(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.made = torch.sparse_coo_tensor([[0, 2], [1, 0]], [2.0, 3.0], (3, 4))
+            return torch.sparse.mm(self.made, x)
+
+    module = Sparse()
+    x = torch.randn(4, 5, requires_grad=True)
+    with saved_bytes(module) as saved:
+        out = module(x)
+    assert saved.total >= 2 * 2 * 8 + 2 * 4
+    out.sum().backward()

@@ -83,10 +83,13 @@ class _LabelLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if bias_grad else None
 
         total = hidden_ND.new_zeros((), dtype=wide)
+        # One table for all chunks: tables made and freed in turn leave the heap in pieces.
+        table_cV = weight.new_empty((min(chunk, labels_N.shape[0]), weight.shape[0]), dtype=wide)
         for start in range(0, labels_N.shape[0], chunk):
             rows = slice(start, start + chunk)
             labels_c1 = labels_N[rows].unsqueeze(1)
-            log_p_cV = F.linear(hidden_ND[rows], weight, offset).to(wide).log_softmax(dim=-1)
+            log_p_cV = table_cV[: len(labels_c1)]
+            torch.log_softmax(F.linear(hidden_ND[rows], weight, offset), -1, dtype=wide, out=log_p_cV)
             total -= log_p_cV.gather(1, labels_c1).sum()
             if d_hidden is None and d_weight is None and d_bias is None:
                 continue

@@ -173,14 +173,20 @@ def saved_bytes(model: nn.Module, chosen: Callable[[nn.Module], bool] = lambda _
     total: dict[int, int] = {}
     owned: dict[int, tuple[str, int]] = {}
     for kept in [kept for reference in order if (kept := reference()) is not None]:
-        storage = kept.tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            total[storage.data_ptr()] = storage.nbytes()
-            if kept.owner is not None:
-                owned.setdefault(storage.data_ptr(), (kept.owner, storage.nbytes()))
+        for storage in _storages(kept.tensor):
+            if storage.data_ptr() not in own:
+                total[storage.data_ptr()] = storage.nbytes()
+                if kept.owner is not None:
+                    owned.setdefault(storage.data_ptr(), (kept.owner, storage.nbytes()))
     saved.total = sum(total.values())
     for name, size in owned.values():
         saved.by_module[name] = saved.by_module.get(name, 0) + size
+
+
+def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """A sparse tensor's are those of its indices and values."""
+    parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
+    return [part.untyped_storage() for part in parts]
 
 
 def _drop_last(names: list[str]) -> None:
