@@ -59,7 +59,7 @@ def _part(number: int, value: Mapping[str, Any]) -> Part:
         if key not in _KEYS:
             raise ThriftyError(f"part {number}: {unknown('key', str(key), _KEYS)}")
     update = value.get("update", "in_place")
-    if update not in _UPDATE:
+    if not isinstance(update, str) or update not in _UPDATE:
         raise ThriftyError(f"part {number}: {unknown('update', str(update), _UPDATE)}")
     budget = value.get("budget")
     return Part(
@@ -80,6 +80,8 @@ def _selector(number: int, value: str | Mapping[str, Any]) -> Selector:
     fixed = build.keywords if isinstance(build, partial) else {}
     fields = dataclasses.fields(build.func if isinstance(build, partial) else build)
     known = [field.name for field in fields if field.name not in fixed]
+    if not isinstance(options, Mapping | None):
+        raise ThriftyError(f"part {number}: options of {name} must be a mapping, not {options!r}")
     options = dict(options or {})
     for key in options:
         if key not in known:

@@ -19,7 +19,7 @@ from .pick import shares
 from .probe import STATISTICS, Probe
 from .targets import Target, targets
 
-__all__ = ["ENTRY_SCOPES", "TopEntries"]
+__all__ = ["ENTRY_SCOPES", "BestEntries", "TopEntries"]
 
 ENTRY_SCOPES = ("global", "per_kind", "per_matrix", "per_row")
 _FREE = ("random", "magnitude", "low_rank_magnitude")  # scores that need no gradient
@@ -32,7 +32,7 @@ class TopEntries:
     score: a statistic of the probe (`abs_grad`, `signed_grad`, `squared_grad`, `weight_times_grad`), `magnitude` |w|,
     `low_rank_magnitude` (|w| of the best approximation of rank `rank`), or `random`. scope: `global`, `per_kind`
     (attention, MLP, others), `per_matrix` (each its share by size), `per_row`: `per_row` entries of each output (the
-    same number everywhere; by default what the budget buys).
+    same number everywhere; by default what the budget buys). share: of the model, where there is no budget.
     """
 
     score: str = "abs_grad"
@@ -41,6 +41,7 @@ class TopEntries:
     layers: Layers = None
     per_row: int | None = None
     rank: int = 64
+    share: float = 0.01
 
     def __post_init__(self) -> None:
         if self.score not in (*STATISTICS, *_FREE):
@@ -67,13 +68,19 @@ class TopEntries:
 
     def check(self, model: nn.Module, budget: Budget | None) -> None:
         """ThriftyError where no target matches, or the budget buys less than one entry of each row."""
-        found, limit = self._targets(model), (budget or Budget(fraction=0.01)).numbers(model)
+        found, limit = self._targets(model), (budget or Budget(fraction=self.share)).numbers(model)
         if self.scope == "per_row":
             rows = sum(_rows(target) for target in found.values())
             if self._per_row(found, limit) < 1 or (self.per_row and budget and self.per_row * rows > 1.05 * limit):
+                given = budget or Budget(fraction=self.share)
                 raise ThriftyError(
-                    f"budget {budget or '1%'} ({limit:,} numbers) does not buy {self.per_row or 1} entries for each of "
+                    f"budget {given} ({limit:,} numbers) does not buy {self.per_row or 1} entries for each of "
                     f"{rows:,} rows: raise budget to at least {(self.per_row or 1) * rows}"
+                )
+            narrow = next((t for t in found.values() if t.out_in[1] < (self.per_row or 1)), None)
+            if narrow is not None:
+                raise ThriftyError(
+                    f"per_row {self.per_row} is more than the {narrow.out_in[1]} inputs of {narrow.name}: lower per_row"
                 )
         elif limit < 1:
             raise ThriftyError(f"budget {budget} buys no entry: raise budget")
@@ -84,7 +91,7 @@ class TopEntries:
     def select(self, model: nn.Module, *, probe: Probe | None, budget: Budget | None, seed: int) -> Plan:
         """The plan: never more than the budget; ties go to the earlier entry."""
         self.check(model, budget)
-        found, limit = self._targets(model), (budget or Budget(fraction=0.01)).numbers(model)
+        found, limit = self._targets(model), (budget or Budget(fraction=self.share)).numbers(model)
         scores = self._scores(model, found, probe, seed)
         regions: dict[str, Region] = {}
         if self.scope == "per_row":
@@ -95,11 +102,17 @@ class TopEntries:
         groups = [_group(name, self.scope) for name in found]
         names = list(dict.fromkeys(groups))
         sizes = [sum(_size(t) for t, g in zip(found.values(), groups, strict=True) if g == n) for n in names]
-        best = {n: _Best(share) for n, share in zip(names, shares(sizes, sizes, min(limit, sum(sizes))), strict=True)}
+        best = {
+            n: BestEntries(share) for n, share in zip(names, shares(sizes, sizes, min(limit, sum(sizes))), strict=True)
+        }
         for name, score in scores:
             best[_group(name, self.scope)].add(name, score.flatten())
         for kept in best.values():
             regions |= kept.regions()
+        if not regions:
+            raise ThriftyError(
+                f"budget {budget}, split by scope {self.scope!r}, buys no entry: raise budget, or use scope 'global'"
+            )
         return Plan.of(model, regions)
 
     def _scores(
@@ -109,6 +122,10 @@ class TopEntries:
         parameters, generator = dict(model.named_parameters()), torch.Generator().manual_seed(seed)
         for name in found:
             weight = parameters[name].detach()
+            if self.score in ("magnitude", "low_rank_magnitude") and not bool(torch.isfinite(weight).all()):
+                raise ThriftyError(
+                    f"{name} holds numbers that are not finite: load a sound checkpoint, or another dtype"
+                )
             if self.score == "random":
                 yield name, torch.rand(weight.shape, generator=generator)
             elif self.score == "magnitude":
@@ -135,14 +152,16 @@ def _rows(target: Target) -> int:
 
 
 def _best_per_row(score: Tensor, count: int, *, transposed: bool) -> Tensor:
-    """Flat positions of the `count` best of each output."""
+    """Flat positions of the `count` best of each output; ties: the earlier input."""
     rows = score.mT if transposed else score
-    top = rows.topk(min(count, rows.shape[-1]), dim=-1).indices
-    positions = torch.arange(score.numel()).view(score.shape)
-    return (positions.mT if transposed else positions).gather(-1, top).flatten()
+    # sorted: topk leaves open which of two equal numbers it takes
+    top = torch.argsort(rows, dim=-1, descending=True, stable=True)[..., :count].clone()
+    if transposed:
+        return (top * score.shape[-1] + torch.arange(len(rows))[:, None]).flatten()
+    return (top.flatten(0, -2) + torch.arange(rows[..., 0].numel())[:, None] * rows.shape[-1]).flatten()
 
 
-class _Best:
+class BestEntries:
     """The best `limit` entries of tensors that come one after the other."""
 
     def __init__(self, limit: int) -> None:

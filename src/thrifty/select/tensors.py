@@ -62,10 +62,10 @@ class Tensors:
         found = self._modules(model, parameters) & inside
         found = {name for name in found if self.only == "all" or _sort(name, parameters[name].ndim) == self.only}
         if not found:
-            asked = [f"only={self.only!r}" if self.only != "all" else "", f"layers={self.layers!r}"]
+            asked = {"target_modules": self.target_modules, "only": self.only, "layers": self.layers}
+            text = ", ".join(f"{key} {value!r}" for key, value in asked.items() if value not in (None, "all"))
             raise ThriftyError(
-                f"{type(model).__name__} has no tensor with {', '.join(a for a in asked if a and 'None' not in a)} in "
-                f"target_modules {self.target_modules!r}: choose more modules or layers, or leave 'only' out"
+                f"{type(model).__name__} has no tensor with {text}: choose more modules or layers, or leave 'only' out"
             )
         return Plan.of(model, {name: Whole() for name in parameters if name in found})
 
@@ -83,13 +83,23 @@ class Tensors:
             chosen = [name for name in modules if pattern.fullmatch(name)]
             missing = [] if chosen else [self.target_modules]
         else:
+            if not isinstance(self.target_modules, Sequence) or not all(
+                isinstance(m, str) for m in self.target_modules
+            ):
+                raise ThriftyError(
+                    f"target_modules: {self.target_modules!r} is not valid: give a list of module names such as "
+                    "[q_proj, v_proj], or a regular expression"
+                )
             hits = {w: [m for m in modules if m == w or m.endswith(f".{w}")] for w in self.target_modules}
             chosen = [name for matching in hits.values() for name in matching]
             missing = [wanted for wanted, matching in hits.items() if not matching]
         if missing:
             endings = {name.rsplit(".", 1)[-1] for name in modules}
             raise ThriftyError(f"target_modules: {unknown('module', missing[0], endings)}")
-        return {name for name in parameters if any(name.startswith(f"{module}.") for module in chosen)}
+        canonical = {id(p): name for name, p in parameters.items()}
+        aliases = model.named_parameters(remove_duplicate=False)  # a tied tensor goes by each of its names
+        under = [(alias, canonical[id(p)]) for alias, p in aliases if id(p) in canonical]
+        return {name for alias, name in under if any(alias.startswith(f"{module}.") for module in chosen)}
 
 
 def _after_layers(names: Iterable[str]) -> set[str]:
@@ -100,6 +110,6 @@ def _after_layers(names: Iterable[str]) -> set[str]:
 
 
 def _sort(name: str, dimensions: int) -> str:
-    if dimensions > 1:
-        return "weights"
-    return "biases" if name.rsplit(".", 1)[-1].endswith("bias") else "norms"
+    if name.rsplit(".", 1)[-1].endswith("bias"):  # those of stacked experts are matrices
+        return "biases"
+    return "weights" if dimensions > 1 else "norms"
