@@ -40,12 +40,15 @@ LAYERS, LENGTH, ROWS, STEPS = 2, 10, 3, 2
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """What the table says of a method. `exact`: the trained numbers are the stored weights (else it is a peer, which
-    PEFT merges within `tolerance` of the logits)."""
+    PEFT merges within `tolerance` of the logits). `pairs`: some are low-rank pairs, which stay beside their matrix
+    while it trains and are then written into it: exactly as their delta says, and within `tolerance` of the logits,
+    because rounding W + B A once is not the sum of two rounded products."""
 
     method: Any
     budget: float | None = None
     probes: bool = False
     exact: bool = True
+    pairs: bool = False
     tolerance: Mapping[str, float] | None = None
     blocks: bool = False  # does it choose square blocks under a budget?
     entries: bool = False  # can it train single numbers, so that any budget buys something?
@@ -82,6 +85,28 @@ METHODS = {
         ],
         budget=0.03,
         probes=True,
+    ),
+    "spt_sensitivity": Row(
+        method={"spt_sensitivity": {"r": 1, "threshold": 0.5}},
+        budget=0.02,
+        probes=True,
+        pairs=True,
+        tolerance=_MERGED,
+    ),
+    "spafit": Row(method={"spafit": {"r": 2}}, pairs=True, tolerance=_MERGED, families=("qwen2", "gpt2")),
+    "spafit_norms": Row(
+        method={"spafit": {"r": 2, "middle": 0, "top": -1, "vectors": "norms"}}, pairs=True, tolerance=_MERGED
+    ),
+    "mixed": Row(
+        method=[
+            {"select": {"weights": {"target_modules": r".*attn.*"}}, "update": {"low_rank": {"r": 2, "alpha": 4}}},
+            {"select": {"entries": {"target_modules": r".*mlp.*"}}},
+            {"select": "norms"},
+        ],
+        budget=0.05,
+        probes=True,
+        pairs=True,
+        tolerance=_MERGED,
     ),
     "full": Row(method="full"),
     "lora": Row(method={"peft": {"peft_type": "LORA", "r": 2}}, exact=False, tolerance=_MERGED),

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from contract_cells import CELLS, LAYERS, LENGTH, METHODS, ROWS, STEPS, Cell, Trained, logits, named, summed_loss
-from families import FAMILIES, batches, build
+from families import batches, build
 from torch import Tensor, nn
 
+from thrifty.core.low_rank import LowRank
 from thrifty.core.region import Blocks
 from thrifty.delta import Delta
 from thrifty.select.targets import targets
 from thrifty.update.linear import LinearPart
-from thrifty.update.tuning import attach_with
+from thrifty.update.low_rank import LowRankPart
+from thrifty.update.tuning import Tuning, attach_with
 
 SELECTING = [cell for cell in CELLS if METHODS[cell[0]].blocks]
 EXACT = [cell for cell in CELLS if METHODS[cell[0]].exact]
@@ -66,6 +68,28 @@ def merged_difference(cell: Cell, one: Tensor, other: Tensor) -> float:
     return float(tokens.median() if (cell.family, cell.setting) == ("mixtral", "bfloat16") else tokens.max())
 
 
+def check_merged(trained: Trained, after: Tensor) -> None:
+    """What was beside the weights and is now in them changes the logits within the row's tolerance."""
+    cell = trained.cell
+    assert cell.row.tolerance is not None
+    difference = merged_difference(cell, after, trained.logits)
+    assert difference <= cell.row.tolerance[cell.setting]
+    _merged[cell.setting] = max(_merged.get(cell.setting, 0.0), difference)
+
+
+def expected_gradient(tuning: Tuning, name: str, dense: Tensor) -> Tensor:
+    """The dense gradient G of W, gathered; of a low-rank pair s B^T G beside (s G A^T)^T."""
+    region, leaf = tuning.plan[name], tuning.named_leaves()[name]
+    if not isinstance(region, LowRank):
+        return region.gather(dense).view_as(leaf)
+    g_OI = dense.to(leaf.dtype)
+    part = tuning._parts[name]
+    assert isinstance(part, LowRankPart)
+    g_OI = g_OI.t() if part.transposed else g_OI
+    a, b_transposed = leaf.detach().split([g_OI.shape[1], g_OI.shape[0]], dim=1)
+    return region.alpha / region.r * torch.cat([b_transposed @ g_OI, a @ g_OI.t()], dim=1)
+
+
 @over(SELECTING)
 def test_the_table_trains_two_matrices_a_ragged_edge_and_leaves_one_untouched(trained: Trained) -> None:
     plan, cell = trained.plan, trained.cell
@@ -81,7 +105,11 @@ def test_the_table_trains_two_matrices_a_ragged_edge_and_leaves_one_untouched(tr
 def test_1_what_is_not_planned_is_bit_identical_and_what_is_planned_changed(trained: Trained) -> None:
     cell, start = trained.cell, trained.start
     if cell.row.exact:
-        now = {n: p for n, p in trained.attached.items() if n in start}
+        for name, region in trained.plan.items():
+            if isinstance(region, LowRank):
+                assert torch.equal(trained.attached[name], start[name]), name
+        after = named(trained.finished) if cell.row.pairs else trained.attached
+        now = {n: p for n, p in after.items() if n in start}
         assert now.keys() == start.keys()
         for name, before in start.items():
             moved = now[name] != before
@@ -115,16 +143,19 @@ def test_2_the_delta_makes_the_trained_model_and_takes_it_back(trained: Trained,
     delta, base = Delta.load(tmp_path / "delta"), cell.build()
     before = logits(base)
     base = delta.apply(base)
-    if cell.row.exact:
+    if cell.row.pairs:
+        check_merged(trained, logits(base))
+        assert torch.equal(logits(base), logits(trained.finished))
+        for name, tensor in trained.finished.named_parameters():
+            assert torch.equal(dict(base.named_parameters())[name], tensor), name
+    elif cell.row.exact:
         assert torch.equal(logits(base), trained.logits)
         for name, tensor in base.named_parameters():
             assert torch.equal(tensor, trained.attached[name]), name
     else:
-        assert cell.row.tolerance is not None
-        difference = merged_difference(cell, logits(base), trained.logits)
-        assert difference <= cell.row.tolerance[cell.setting]
+        check_merged(trained, logits(base))
         assert delta.difference is not None
-        _merged[cell.setting] = max(_merged.get(cell.setting, 0.0), difference, delta.difference)
+        _merged[cell.setting] = max(_merged.get(cell.setting, 0.0), delta.difference)
     assert not torch.equal(logits(base), before)
     delta.remove(base)
     assert torch.equal(logits(base), before)
@@ -137,7 +168,11 @@ def test_2_the_delta_makes_the_trained_model_and_takes_it_back(trained: Trained,
 def test_9_delta_files_hold_at_most_2_2_times_the_region(trained: Trained, tmp_path: Path) -> None:
     trained.delta.save(tmp_path / "delta")
     size = sum(file.stat().st_size for file in (tmp_path / "delta").iterdir())
-    region = trained.plan.trainable_parameters * trained.cell.dtype.itemsize
+    # pairs are kept as they were trained, in float32
+    region = sum(
+        count * (4 if isinstance(trained.plan[name], LowRank) else trained.cell.dtype.itemsize)
+        for name, count in trained.plan.sizes.items()
+    )
     constant = 1024 * (1 + len(trained.plan))  # names, hashes and shapes: a kilobyte for each tensor
     assert size <= 2.2 * region + constant
     note("9 delta size", trained.cell)
@@ -150,12 +185,10 @@ def test_3_a_plain_checkpoint_loaded_by_transformers_alone_gives_the_logits(trai
     model.save_pretrained(tmp_path / "plain")
     plain = type(model).from_pretrained(tmp_path / "plain", dtype=trained.cell.dtype, attn_implementation="eager")
     assert torch.equal(logits(plain), logits(model))
-    if trained.cell.row.exact:
+    if trained.cell.row.exact and not trained.cell.row.pairs:
         assert torch.equal(logits(plain), trained.logits)
     else:
-        assert trained.cell.row.tolerance is not None
-        difference = merged_difference(trained.cell, logits(plain), trained.logits)
-        assert difference <= trained.cell.row.tolerance[trained.cell.setting]
+        check_merged(trained, logits(plain))
     note("3 plain checkpoint", trained.cell)
 
 
@@ -167,14 +200,13 @@ def test_4_the_gradient_is_the_dense_one_gathered(cell: Cell) -> None:
     cell.backward(twin, batch, 1)
     dense = {name: p.grad for name, p in twin.named_parameters()}
     for name, leaf in tuning.named_leaves().items():
-        expected = tuning.plan[name].gather(dense[name]).view_as(leaf)
+        expected = expected_gradient(tuning, name, dense[name])
         assert leaf.grad.dtype == leaf.dtype == torch.float32
         assert relative(leaf.grad, expected) <= ROUNDING[cell.setting], name
     note("4 gradient", cell)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.exact])
+@pytest.mark.parametrize(("name", "family"), [(n, f) for n, row in METHODS.items() if row.exact for f in row.families])
 def test_4_the_gradient_is_the_dense_one_in_float64(name: str, family: str) -> None:
     cell, (batch,) = Cell(name, family, "float32"), batches(1, ROWS, LENGTH, seed=2)
     model, twin = (build(family, torch.float64, layers=LAYERS) for _ in range(2))
@@ -187,7 +219,7 @@ def test_4_the_gradient_is_the_dense_one_in_float64(name: str, family: str) -> N
     dense = {name: p.grad for name, p in twin.named_parameters()}
     for name, leaf in tuning.named_leaves().items():
         assert leaf.grad.dtype == torch.float64
-        assert relative(leaf.grad, tuning.plan[name].gather(dense[name]).view_as(leaf)) < 1e-12, name
+        assert relative(leaf.grad, expected_gradient(tuning, name, dense[name])) < 1e-12, name
     _asked["4 gradient, float64"] += 1
 
 

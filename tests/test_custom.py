@@ -50,7 +50,7 @@ PARTS = """
         ([{"select": {"rows": {"target_modules": ["up_porj"]}}}], "unknown module 'up_porj'; did you mean 'up_proj'"),
         ([{"select": "norms", "budget": 0}], "budget 0 is neither a share"),
         ([{"select": "norms", "update": "in-place"}], "part 1: unknown update 'in-place'; did you mean 'in_place'"),
-        ([{"select": "norms", "update": {"in_place": 1}}], "part 1: unknown update"),
+        ([{"select": "norms", "update": {"in_place": 1}}], "part 1: options of in_place must be a mapping, not 1"),
     ],
 )
 def test_a_wrong_part_is_named_with_the_nearest_key(parts: Any, message: str) -> None:

@@ -27,6 +27,8 @@ METHODS = [
     "random_entries",
     "random_rows",
     "smt",
+    "spafit",
+    "spt_sensitivity",
     "telly",
 ]
 VERBS = {

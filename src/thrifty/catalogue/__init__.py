@@ -15,6 +15,8 @@ from . import (
     random_entries,
     random_rows,
     smt,
+    spafit,
+    spt_sensitivity,
     telly,
 )
 
@@ -33,5 +35,7 @@ __all__ = [
     "random_entries",
     "random_rows",
     "smt",
+    "spafit",
+    "spt_sensitivity",
     "telly",
 ]

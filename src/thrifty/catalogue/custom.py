@@ -9,13 +9,14 @@ from typing import Any
 
 from ..core.budget import Budget
 from ..core.errors import ThriftyError, unknown
-from ..core.method import Method, Part, Selector
+from ..core.method import Method, Part, Selector, Update
 from ..core.registry import method
 from ..select.blocks import TopBlocks
 from ..select.diagonal import Diagonal
 from ..select.entries import TopEntries
 from ..select.tensors import Tensors
 from ..update.in_place import InPlace
+from ..update.low_rank import LowRank
 
 __all__ = ["custom"]
 
@@ -26,10 +27,11 @@ _SELECT = {
     "entries": TopEntries,
     "diagonal": Diagonal,
     "tensors": Tensors,
+    "weights": partial(Tensors, only="weights"),
     "biases": partial(Tensors, only="biases"),
     "norms": partial(Tensors, only="norms"),
 }
-_UPDATE = {"in_place": InPlace}
+_UPDATE: dict[str, type[InPlace] | type[LowRank]] = {"in_place": InPlace, "low_rank": LowRank}
 _KEYS = ("select", "update", "budget")
 
 
@@ -44,7 +46,9 @@ def custom(*, parts: Sequence[Mapping[str, Any]]) -> Method:
     """Several parts, each a selector with what is trained there; `method: [...]` in a run file is short for it.
 
     A part is `{select: {blocks: {block_size: 64, target_modules: [q_proj]}}, budget: 0.5%}`. Selectors: blocks, rows,
-    columns, entries, diagonal, tensors, biases, norms. Parts without a budget share what the others leave of the run's.
+    columns, entries, diagonal, tensors, weights, biases, norms. `update: {low_rank: {r: 8, alpha: 16}}` trains each
+    matrix that is selected whole (weights) as a low-rank pair; `in_place`, the default, what is selected itself. Parts
+    without a budget share what the others leave of the run's.
     No tensor may be in two parts. When not to use it: where a named method says the same.
     """
     if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
@@ -58,15 +62,24 @@ def _part(number: int, value: Mapping[str, Any]) -> Part:
     for key in value:
         if key not in _KEYS:
             raise ThriftyError(f"part {number}: {unknown('key', str(key), _KEYS)}")
-    update = value.get("update", "in_place")
-    if not isinstance(update, str) or update not in _UPDATE:
-        raise ThriftyError(f"part {number}: {unknown('update', str(update), _UPDATE)}")
     budget = value.get("budget")
     return Part(
         select=_selector(number, value["select"]),
-        update=_UPDATE[update](),
+        update=_update(number, value.get("update", "in_place")),
         budget=None if budget is None else Budget.parse(budget),
     )
+
+
+def _update(number: int, value: str | Mapping[str, Any]) -> Update:
+    value = {value: {}} if isinstance(value, str) else value
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ThriftyError(f"part {number}: update must be a name or one mapping like {{low_rank: {{r: 8}}}}")
+    (name, options), *_ = value.items()
+    if name not in _UPDATE:
+        raise ThriftyError(f"part {number}: {unknown('update', str(name), _UPDATE)}")
+    build = _UPDATE[name]
+    known = [field.name for field in dataclasses.fields(build) if field.name != "kind"]
+    return build(**_options(number, str(name), options, known))
 
 
 def _selector(number: int, value: str | Mapping[str, Any]) -> Selector:
@@ -80,11 +93,15 @@ def _selector(number: int, value: str | Mapping[str, Any]) -> Selector:
     fixed = build.keywords if isinstance(build, partial) else {}
     fields = dataclasses.fields(build.func if isinstance(build, partial) else build)
     known = [field.name for field in fields if field.name not in fixed]
+    selector: Selector = build(**_options(number, str(name), options, known))
+    return selector
+
+
+def _options(number: int, name: str, options: Any, known: Sequence[str]) -> dict[str, Any]:
+    """The options written for `name`, each of them known."""
     if not isinstance(options, Mapping | None):
         raise ThriftyError(f"part {number}: options of {name} must be a mapping, not {options!r}")
-    options = dict(options or {})
-    for key in options:
+    for key in options or {}:
         if key not in known:
             raise ThriftyError(f"part {number}: {unknown(f'option of {name}:', str(key), known)}")
-    selector: Selector = build(**options)
-    return selector
+    return dict(options or {})

@@ -40,10 +40,14 @@ class Selector(Protocol):
 
 
 class Update(Protocol):
-    """WHAT is trained there. `kind` is `in_place` or `peft`."""
+    """WHAT is trained there. `kind` is `in_place`, `low_rank` or `peft`."""
 
     @property
     def kind(self) -> str: ...
+
+    def selector(self, select: Selector) -> Selector:
+        """`select` with its regions in the form in which this update trains them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

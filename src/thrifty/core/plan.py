@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .budget import distinct_parameters
 from .entries import Entries
 from .errors import ThriftyError, unknown
+from .low_rank import LowRank
 from .region import Blocks, Region, Whole
 
 __all__ = ["Plan", "kind_of", "plan_from_files", "plan_to_files", "region_from_files"]
@@ -31,6 +32,17 @@ def kind_of(name: str) -> str:
 def _layer_of(name: str) -> int | None:
     found = _LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def _form(region: Region) -> str:
+    return f"low_rank r={region.r}" if isinstance(region, LowRank) else region.kind
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0, 2-5` of 0, 2, 3, 4, 5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 class Plan(Mapping[str, Region]):
@@ -105,10 +117,25 @@ class Plan(Mapping[str, Region]):
         )
         if by_layer:
             lines.append("by layer: " + "  ".join(f"{i}: {100 * by_layer[i] / trained:.1f}%" for i in sorted(by_layer)))
+        if len({region.kind for region in self.values()}) > 1:
+            lines += self._forms()
         if self.kept_columns is not None:
             kept, of = self.kept_columns
             lines.append(f"inputs:   {kept:,} of {of:,} distinct columns kept for backward ({100 * kept / of:.1f}%)")
         return "\n".join(lines)
+
+    def _forms(self) -> list[str]:
+        """For each form that is trained (whole tensors, blocks, low-rank pairs, ...): how much of it, and where."""
+        lines = []
+        for form in dict.fromkeys(_form(region) for region in self.values()):
+            names = [name for name, region in self.items() if _form(region) == form]
+            layers = sorted({layer for name in names if (layer := _layer_of(name)) is not None})
+            outside = "" if all(_layer_of(name) is not None for name in names) else ", others outside"
+            where = f"layers {_ranges(layers)}{outside}" if layers else "outside the layers"
+            lines.append(
+                f"{form}: {sum(self.sizes[name] for name in names):,} numbers in {len(names)} tensors, {where}"
+            )
+        return lines
 
     def __repr__(self) -> str:
         return f"Plan({self.trainable_parameters:,} numbers in {len(self)} tensors)"
@@ -153,4 +180,10 @@ def region_from_files(record: Mapping[str, Any], index: Tensor | None) -> Region
         if index is None or index.is_floating_point():
             raise ThriftyError("an entries region needs an integer index tensor")
         return Entries(index)
-    raise ThriftyError(unknown("kind of region", str(kind), [Whole.kind, Blocks.kind, Entries.kind]))
+    if kind == LowRank.kind:
+        r, alpha = record.get("r"), record.get("alpha")
+        if type(r) is not int or not isinstance(alpha, int | float):
+            raise ThriftyError(f"a low-rank region needs an integer r and a number alpha, not {r!r} and {alpha!r}")
+        return LowRank(r, float(alpha))
+    known = [Whole.kind, Blocks.kind, Entries.kind, LowRank.kind]
+    raise ThriftyError(unknown("kind of region", str(kind), known))

@@ -2,5 +2,6 @@
 
 from .delta import Delta, Piece
 from .digest import fingerprint
+from .low_rank import LowRankPiece
 
-__all__ = ["Delta", "Piece", "fingerprint"]
+__all__ = ["Delta", "LowRankPiece", "Piece", "fingerprint"]

@@ -1,7 +1,8 @@
 """Delta: what changed, exact. A folder with `delta.json` (what, of which base) and `delta.safetensors` (the numbers).
 
 For each touched tensor: the region, its values after and before in the tensor's own dtype, and the fingerprint of the
-base tensor. Applying writes the values, removing writes the originals: both exact, bit for bit.
+base tensor; of a low-rank pair the factors (`low_rank.py`). Applying writes the values, removing writes the originals:
+both exact, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.errors import ThriftyError, nearest
 from ..core.files import new_folder
+from ..core.low_rank import LowRank
 from ..core.plan import Plan, region_from_files
 from ..core.region import Region
 from .digest import fingerprint
+from .low_rank import LowRankPiece
 
 __all__ = ["FORMAT", "Delta", "Piece"]
 
@@ -46,6 +50,18 @@ class Piece:
         self.region.scatter_(base, self.original)
         return base
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def write_(self, tensor: Tensor) -> None:
+        """Write the trained values into the base `tensor`."""
+        self.region.scatter_(tensor.data, self.values)
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file needs to hold: a JSON record, and tensors by what they are."""
+        return {}, {"values": self.values, "base": self.original}
+
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     if any(hasattr(module, "_thrifty") for module in model.modules()):
@@ -59,7 +75,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 class Delta:
     """The result of an in-place method: parameter name -> `Piece`. `info` may hold a summary of the run."""
 
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, Piece | LowRankPiece]
     method: Mapping[str, Any]
     total: int  # distinct parameters of the base
     info: dict[str, Any] = field(default_factory=dict)
@@ -83,10 +99,10 @@ class Delta:
             tensor = parameters[name]
             if tuple(tensor.shape) != piece.shape:
                 raise ThriftyError(f"{name} is {tuple(tensor.shape)}, the delta is of {piece.shape}: another model")
-            if tensor.dtype != piece.values.dtype:
+            if tensor.dtype != piece.dtype:
                 raise ThriftyError(
-                    f"{name} is {tensor.dtype}, the delta was made on {piece.values.dtype}: "
-                    f"load the base with dtype={str(piece.values.dtype).removeprefix('torch.')}"
+                    f"{name} is {tensor.dtype}, the delta was made on {piece.dtype}: "
+                    f"load the base with dtype={str(piece.dtype).removeprefix('torch.')}"
                 )
         return {name: parameters[name] for name in self.pieces}
 
@@ -100,21 +116,21 @@ class Delta:
                 why = "the delta is applied already" if applied else "another base, or a changed one"
                 raise ThriftyError(f"{name} differs from the base of this delta: {why}")
         for name, piece in self.pieces.items():
-            piece.region.scatter_(tensors[name].data, piece.values)
+            piece.write_(tensors[name])
         return model
 
     def remove(self, model: nn.Module) -> nn.Module:
         """Write the original values back; afterwards `model` is the base bit for bit, else ThriftyError and no
         change."""
         tensors = self._fits(model)
+        first = next(iter(self.pieces), None)
+        if first and all(fingerprint(tensors[name]) == piece.fingerprint for name, piece in self.pieces.items()):
+            raise ThriftyError(f"{first} is the base already: the delta is not applied, there is nothing to remove")
         for name, piece in self.pieces.items():
             if fingerprint(piece.base_of(tensors[name])) != piece.fingerprint:
                 raise ThriftyError(f"{name} differs from the base of this delta outside its region: another base")
-        first = next(iter(self.pieces), None)
-        if all(fingerprint(tensors[name]) == piece.fingerprint for name, piece in self.pieces.items()) and first:
-            raise ThriftyError(f"{first} is the base already: the delta is not applied, there is nothing to remove")
         for name, piece in self.pieces.items():
-            piece.region.scatter_(tensors[name].data, piece.original)
+            tensors[name].data.copy_(piece.base_of(tensors[name]))
         return model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -124,9 +140,9 @@ class Delta:
         records: dict[str, Any] = {}
         for name, piece in self.pieces.items():
             region, index = piece.region.to_files()
-            records[name] = {"region": region, "of": list(piece.shape), "base_sha256": piece.fingerprint}
-            tensors[f"values:{name}"] = piece.values.contiguous()
-            tensors[f"base:{name}"] = piece.original.contiguous()
+            record, held = piece.to_files()
+            records[name] = {"region": region, "of": list(piece.shape), "base_sha256": piece.fingerprint} | record
+            tensors |= {f"{key}:{name}": tensor.contiguous() for key, tensor in held.items()}
             if index is not None:
                 tensors[f"index:{name}"] = index.contiguous()
         head = {
@@ -167,10 +183,12 @@ class Delta:
             ) from None
 
 
-def _piece(name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Piece:
+def _piece(name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Piece | LowRankPiece:
     region = region_from_files(record["region"], tensors.get(f"index:{name}"))
     shape = tuple(int(n) for n in record["of"])
     region.check(name, shape)
+    if isinstance(region, LowRank):
+        return LowRankPiece.from_files(name, record, tensors, region=region)
     values, original = tensors[f"values:{name}"], tensors[f"base:{name}"]
     size = region.size(shape)
     if values.numel() != size or original.numel() != size or values.dtype != original.dtype:

@@ -21,7 +21,7 @@ _Chosen = tuple[Selector, Budget | None]
 
 def budgets(method: Method, model: nn.Module, limit: Budget | None) -> list[_Chosen]:
     """Each part's selector with its budget: its own, or an equal share of what the other parts leave of `limit`."""
-    parts = [(part, part.select) for part in method.parts if part.select is not None]
+    parts = [(part, part.update.selector(part.select)) for part in method.parts if part.select is not None]
     if limit is None or len(parts) == 1:
         return [(select, part.budget or limit) for part, select in parts]
     fixed = sum(_size(part, select, model) for part, select in parts if part.budget or not select.spends)

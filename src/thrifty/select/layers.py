@@ -11,7 +11,8 @@ __all__ = ["Layers", "in_layers", "layer_of"]
 
 Layers = int | str | Sequence[int | str] | None
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-_RANGE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*")
+_END = r"(-?\d+|\d+/[1-9]\d*)?"
+_RANGE = re.compile(rf"\s*{_END}\s*:\s*{_END}\s*")
 
 
 def layer_of(name: str) -> int | None:
@@ -21,8 +22,9 @@ def layer_of(name: str) -> int | None:
 
 
 def in_layers(names: Iterable[str], layers: Layers) -> set[str]:
-    """Those of `names` that lie in `layers`: a number (-1 is the last), "middle", a range "4:8" as Python slices, or a
-    list of these; None: all, those outside the layers too. ThriftyError for what the model does not have."""
+    """Those of `names` that lie in `layers`: a number (-1 is the last), "middle", a range "4:8" as Python slices, one
+    by shares, "1/3:2/3" (rounded down), or a list of these; None: all, those outside the layers too.
+    ThriftyError for what the model does not have."""
     names = list(names)
     if layers is None:
         return set(names)
@@ -33,10 +35,15 @@ def in_layers(names: Iterable[str], layers: Layers) -> set[str]:
     return {name for name in names if layer_of(name) in wanted}
 
 
+def _end(text: str, count: int) -> int:
+    whole, _, parts = text.partition("/")
+    return int(whole) * count // int(parts) if parts else int(whole)
+
+
 def _of(item: int | str, count: int) -> set[int]:
     span = f"the model has layers 0 to {count - 1}" if count else "the model has no numbered layers"
     if isinstance(item, str) and (found := _RANGE.fullmatch(item)):
-        start, stop = (None if end is None else int(end) for end in found.groups())
+        start, stop = (None if end is None else _end(end, count) for end in found.groups())
         for end in (start, stop):
             if end is not None and not -count <= end <= count:
                 raise ThriftyError(f"layers {item!r} reaches outside the model: {span}")

@@ -57,5 +57,7 @@ def seeing_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.
     body: dict[str, Any] = {attribute: _property(attribute) for attribute in attributes}
     key = (base, attributes)
     if key not in _CLASSES:
-        _CLASSES[key] = type(f"InPlace{base.__name__}", (InPlaceModule, base), body | {"__module__": __name__})
+        # a linear layer whose weight is trained in its own way stands before the layer's class already
+        bases = (base,) if issubclass(base, InPlaceModule) else (InPlaceModule, base)
+        _CLASSES[key] = type(f"InPlace{base.__name__}", bases, body | {"__module__": __name__})
     return _CLASSES[key]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.method import Selector
+
 __all__ = ["InPlace"]
 
 
@@ -12,3 +14,7 @@ class InPlace:
     """Train the region itself, as an offset from its original values: no inference cost, an exact delta."""
 
     kind: str = "in_place"
+
+    def selector(self, select: Selector) -> Selector:
+        """`select` itself."""
+        return select

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..core.region import Region, Whole
+from ..delta import LowRankPiece, Piece, fingerprint
 from .strips import merge_pending
 
 __all__ = ["LEAF_PREFIX", "InPlaceModule", "Part", "leaf_dtype"]
@@ -82,6 +83,10 @@ class Part:
         assert leaf is not None
         return leaf
 
+    def moved(self) -> bool:
+        """Has the offset left zero?"""
+        return bool(self.leaf.detach().any())
+
     def arm(self) -> None:
         """Set the triggers; again after a deep copy, which drops them."""
         _count[0] += 1
@@ -142,6 +147,29 @@ class Part:
         self.leaf.copy_(values)
         self.write()
         self.stamp += 1
+
+    def finish(self) -> None:
+        """Leave the trained values in `W` for good."""
+        self.write()
+        self.disarm()
+
+    def piece(self, original: Tensor) -> Piece | LowRankPiece:
+        """What changed, against the `original` values."""
+        self.flush()
+        base = self.weight.detach().clone()
+        self.region.scatter_(base, original)
+        return Piece(
+            region=self.region,
+            shape=tuple(base.shape),
+            values=self.region.gather(self.weight).cpu(),
+            original=original.to("cpu", base.dtype),
+            fingerprint=fingerprint(base),
+        )
+
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """The module was moved or cast by `fn`: what is kept beside its parameters goes along."""
+        if self.original is not None:
+            self.original = fn(self.original)
 
     @torch.no_grad()
     def adopt_weight(self) -> None:
@@ -209,6 +237,6 @@ class InPlaceModule(nn.Module):
             if leaf.grad is not None and now.grad is not None and now.grad.dtype != now.dtype:
                 now.grad = None
         for part in self._thrifty.values():
-            if part.module is self and part.original is not None:
-                part.original = fn(part.original)
+            if part.module is self:
+                part.convert(fn)
         return self

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.budget import Budget, distinct_parameters
 from ..core.errors import ThriftyError
-from ..core.method import Method
+from ..core.method import Method, Selector
 from ..core.plan import Plan
 from ..core.region import Whole
 from ..delta import fingerprint
@@ -30,6 +30,10 @@ class PeftAdapter:
     peft_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "peft"
+
+    def selector(self, select: Selector) -> Selector:
+        """PEFT places its own parts."""
+        return select
 
     def build(self) -> Any:
         """PEFT's configuration object, fresh."""

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.entries import Entries
+from ..core.errors import ThriftyError
+from ..core.low_rank import LowRank
 from ..core.plan import Plan
 from ..core.region import Blocks, Region
 from .general import seeing_class
 from .linear import InPlaceConv1D, InPlaceLinear, LinearPart
+from .low_rank import LowRankConv1D, LowRankLinear, LowRankPart
 from .part import LEAF_PREFIX, InPlaceModule, Part
 
 __all__ = ["place", "take_off"]
 
 _LINEAR: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: InPlaceLinear, Conv1D: InPlaceConv1D}
+_LOW_RANK: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LowRankLinear, Conv1D: LowRankConv1D}
 
 
 def _holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
@@ -32,14 +37,22 @@ def _read_alone(model: nn.Module, holders: list[tuple[nn.Module, str]], region: 
         and key == "weight"
         and type(module) in _LINEAR
         and module is not head
-        and isinstance(region, Blocks | Entries)
+        and isinstance(region, Blocks | Entries | LowRank)
     )
 
 
-def place(model: nn.Module, plan: Plan, *, keep_originals: bool) -> dict[str, Part]:
-    """Freeze everything, put a part on each planned parameter; name -> part, in the plan's order."""
+def place(model: nn.Module, plan: Plan, *, keep_originals: bool, seed: int = 0) -> dict[str, Part]:
+    """Freeze everything, put a part on each planned parameter; name -> part, in the plan's order. `seed`: of the random
+    factors of low-rank pairs."""
     parameters = dict(model.named_parameters())
     holders = {name: _holders(model, parameters[name]) for name in plan}
+    for name, region in plan.items():
+        if isinstance(region, LowRank) and not _read_alone(model, holders[name], region):
+            raise ThriftyError(
+                f"{name} cannot take a low-rank pair: it is not the weight of a plain linear layer that nothing else "
+                "reads (embeddings, tied weights and the output head are not); leave it out"
+            )
+    generator = torch.Generator().manual_seed(seed)
     for p in parameters.values():
         p.requires_grad_(False)
     parts: dict[str, Part] = {}
@@ -47,17 +60,22 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool) -> dict[str, Pa
     for name, region in plan.items():
         module, key = holders[name][0]
         if _read_alone(model, holders[name], region):
-            assert isinstance(region, Blocks | Entries)
-            parts[name] = linear = LinearPart(module, name=name, region=region)
-            module._thrifty = {key: linear}  # type: ignore[assignment]
-            module.__class__ = _LINEAR[type(module)]
+            if isinstance(region, LowRank):
+                alone: Part = LowRankPart(module, name=name, region=region, generator=generator)
+                module.__class__ = _LOW_RANK[type(module)]
+            else:
+                assert isinstance(region, Blocks | Entries)
+                alone = LinearPart(module, name=name, region=region)
+                module.__class__ = _LINEAR[type(module)]
+            module._thrifty = {key: alone}  # type: ignore[assignment]
+            parts[name] = alone
             continue
         parts[name] = part = Part(module, key, name=name, region=region, keep_original=keep_originals)
         if not part.in_leaf:
             for holder, attribute in holders[name]:
                 general.setdefault(holder, {})[attribute] = part
     for module, seen in general.items():
-        module._thrifty = seen  # type: ignore[assignment]
+        module._thrifty = {**getattr(module, "_thrifty", {}), **seen}  # type: ignore[assignment]
         module.__class__ = seeing_class(type(module), tuple(sorted(seen)))
     return parts
 
@@ -65,8 +83,7 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool) -> dict[str, Pa
 def take_off(model: nn.Module, parts: Mapping[str, Part]) -> None:
     """Write the trained values once more and leave plain modules."""
     for part in parts.values():
-        part.write()
-        part.disarm()
+        part.finish()
     for module in model.modules():
         if isinstance(module, InPlaceModule):
             for key in [k for k in module._parameters if k.startswith(LEAF_PREFIX)]:

@@ -14,7 +14,7 @@ from ..core.budget import Budget
 from ..core.errors import ThriftyError
 from ..core.method import Method, parse_method
 from ..core.plan import Plan
-from ..delta import Delta, Piece, fingerprint
+from ..delta import Delta
 from ..select.compose import compose
 from ..select.probe import Loss, model_loss
 from .base import base_tensors, can_read_base
@@ -39,13 +39,13 @@ class Tuning:
         self.probe_seconds = probe_seconds
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         keep = plan.trainable_share < _KEEP_SHARE or not can_read_base(model)
-        self._parts: dict[str, Part] = place(model, plan, keep_originals=keep)
+        self._parts: dict[str, Part] = place(model, plan, keep_originals=keep, seed=seed)
         self._input_grads = allow_early_stop(model)
         self._marks = {name: _mark(part.leaf) for name, part in self._parts.items() if part.in_leaf}
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable leaves, in the plan's order: packed offsets from the original values (float32 `[n, h, w]` for
-        blocks), or the tensor itself where all of a float32 tensor is trained."""
+        blocks), the tensor itself where all of a float32 tensor is trained, or a low-rank pair `[r, in + out]`."""
         return [part.leaf for part in self._live().values()]
 
     def named_leaves(self) -> dict[str, nn.Parameter]:
@@ -100,18 +100,8 @@ class Tuning:
 
     def delta(self) -> Delta:
         """What changed so far, exact: the region's values before and after."""
-        originals, pieces = self._originals(), {}
-        for name, part in self._live().items():
-            part.flush()
-            base = part.weight.detach().clone()
-            part.region.scatter_(base, originals[name])
-            pieces[name] = Piece(
-                region=part.region,
-                shape=tuple(base.shape),
-                values=part.region.gather(part.weight).cpu(),
-                original=originals[name].to("cpu", base.dtype),
-                fingerprint=fingerprint(base),
-            )
+        originals = self._originals()
+        pieces = {name: part.piece(originals[name]) for name, part in self._live().items()}
         return Delta(pieces, method=self.method.to_dict(), total=self.plan.total)
 
     def finish(self) -> nn.Module:
@@ -160,7 +150,7 @@ class Tuning:
     def check_changed(self) -> None:
         """After the first step with a learning rate above 0: ThriftyError where no trained value moved."""
         for name, part in self._live().items():
-            if not torch.equal(_mark(part.leaf), self._marks[name]) if part.in_leaf else bool(part.leaf.detach().any()):
+            if not torch.equal(_mark(part.leaf), self._marks[name]) if part.in_leaf else part.moved():
                 return
         raise ThriftyError(
             "no trained value moved in the first step: give the optimizer tuning.parameters(), "

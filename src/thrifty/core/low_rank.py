@@ -1,0 +1,59 @@
+"""LowRank: a matrix changed by a product of two thin ones, as a region."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import ThriftyError
+
+__all__ = ["LowRank"]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W + (alpha / r) B A: every number of a matrix changes, `r * (rows + columns)` numbers are trained."""
+
+    r: int
+    alpha: float
+    kind: ClassVar[str] = "low_rank"
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return self.alpha / self.r
+
+    def size(self, shape: Sequence[int]) -> int:
+        return self.r * (int(shape[0]) + int(shape[1]))
+
+    def packed_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of the numbers that change: all of them."""
+        return tuple(shape)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
+
+    @torch.no_grad()
+    def scatter_(self, tensor: Tensor, values: Tensor) -> None:
+        tensor.copy_(values)
+
+    def mask(self, shape: Sequence[int]) -> Tensor:
+        return torch.ones(tuple(shape), dtype=torch.bool)
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ThriftyError(f"alpha {self.alpha!r} is not valid: give a number above 0, such as 16")
+        if len(shape) != 2:
+            raise ThriftyError(f"low_rank needs matrices, but {name} has shape {tuple(shape)}: leave it out")
+        if not 1 <= self.r <= min(shape):
+            raise ThriftyError(
+                f"r {self.r} is not valid for {name} of shape {tuple(shape)}: give a rank from 1 to {min(shape)}"
+            )
+
+    def to_files(self) -> tuple[dict[str, Any], None]:
+        return {"kind": self.kind, "r": self.r, "alpha": self.alpha}, None
