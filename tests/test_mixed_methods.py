@@ -88,7 +88,7 @@ def test_spafit_trains_by_depth() -> None:
 
 
 def test_spafit_on_a_model_without_biases_says_what_to_change() -> None:
-    with pytest.raises(ThriftyError, match="biases"):
+    with pytest.raises(ThriftyError, match="no biases at all, but norms"):
         attach(build("llama"), "spafit")
     plan = attach(build("llama"), {"spafit": {"vectors": "norms", "middle": 0, "top": "1:", "r": 2}}).plan
     assert {layer_of(name) for name in plan} == {0, 1, 2}

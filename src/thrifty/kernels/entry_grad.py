@@ -32,18 +32,21 @@ class EntryLayout:
     """Where the entries of one matrix lie in a strip: `rows[k]` among the outputs, `slots[k]` among the columns kept,
     both int64 `[n]`, sorted by row and then slot. How they are computed is decided once."""
 
-    def __init__(self, rows: Tensor, slots: Tensor, *, columns: int) -> None:
+    def __init__(self, rows: Tensor, slots: Tensor) -> None:
         self.rows, self.slots, self.numbers = rows, slots, len(rows)
-        used = len(rows.unique())
-        self.sampled = _SAMPLE_COST * self.numbers < used * columns
-        self._pieces = () if self.sampled else tuple(_pieces(rows, slots, columns))
+        # only with its own rows and columns: who else shares the strip is not known at a resumed run's first step, and
+        # a product of another size may sum in another order
+        self._used = rows.unique(), slots.unique()
+        self.sampled = _SAMPLE_COST * self.numbers < len(self._used[0]) * len(self._used[1])
+        inside = tuple(torch.searchsorted(used, where) for used, where in zip(self._used, (rows, slots), strict=True))
+        self._pieces = () if self.sampled else tuple(_pieces(*inside, len(self._used[1])))
         self._index: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
         """The index tensors on `device`: copied there once."""
         if device in self._index:
             return self._index[device]
-        tensors = (self.rows, self.slots) if self.sampled else tuple(piece.index for piece in self._pieces)
+        tensors = (self.rows, self.slots) if self.sampled else (*self._used, *(piece.index for piece in self._pieces))
         moved = tuple(tensor.to(device) for tensor in tensors)
         if not torch.compiler.is_compiling():
             self._index[device] = moved
@@ -53,8 +56,10 @@ class EntryLayout:
         """Packed gradient `[n]`: sum over tokens of `dy[:, rows_k] * x[:, slots_k]`, in `dtype`."""
         if self.sampled:
             return self._sample(dy_TO, x_TU, *self._on(dy_TO.device), dtype=dtype)
+        rows, slots, *places = self._on(dy_TO.device)
+        dy_TO, x_TU = _columns(dy_TO, rows), _columns(x_TU, slots)
         packed = dy_TO.new_empty(self.numbers)
-        for piece, index in zip(self._pieces, self._on(dy_TO.device), strict=True):
+        for piece, index in zip(self._pieces, places, strict=True):
             product = dy_TO[:, piece.row : piece.row + piece.rows].t() @ x_TU
             packed[piece.start : piece.start + len(index)] = product.flatten().index_select(0, index)
         return packed.to(dtype)
@@ -66,6 +71,10 @@ class EntryLayout:
         for dy, x in zip(dy_TO.split(tokens), x_TU.split(tokens), strict=True):
             total += (dy.index_select(1, rows).to(wide) * x.index_select(1, slots)).sum(0)
         return total.to(dtype)
+
+
+def _columns(matrix: Tensor, used: Tensor) -> Tensor:
+    return matrix if len(used) == matrix.shape[1] else matrix.index_select(1, used)
 
 
 def _pieces(rows: Tensor, slots: Tensor, columns: int) -> Iterator[_Piece]:

@@ -64,8 +64,10 @@ class Tensors:
         if not found:
             asked = {"target_modules": self.target_modules, "only": self.only, "layers": self.layers}
             text = ", ".join(f"{key} {value!r}" for key, value in asked.items() if value not in (None, "all"))
+            none = self.only == "biases" and not any(_sort(n, p.ndim) == "biases" for n, p in parameters.items())
             raise ThriftyError(
                 f"{type(model).__name__} has no tensor with {text}: choose more modules or layers, or leave 'only' out"
+                + ("; it has no biases at all, but norms" if none else "")
             )
         return Plan.of(model, {name: Whole() for name in parameters if name in found})
 

@@ -80,8 +80,8 @@ class Member:
         assert isinstance(self.region, Entries)
         rows, cols = self.region.positions(self.shape)
         if self.transposed:
-            return EntryLayout(self._slots(rows), cols, columns=self.shape[1])
-        return EntryLayout(rows, self._slots(cols), columns=len(self.strips.columns))
+            return EntryLayout(self._slots(rows), cols)
+        return EntryLayout(rows, self._slots(cols))
 
     def _slots(self, columns: Tensor) -> Tensor:
         return torch.searchsorted(self.strips.columns, columns)
