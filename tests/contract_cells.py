@@ -52,6 +52,7 @@ class Row:
     tolerance: Mapping[str, float] | None = None
     blocks: bool = False  # does it choose square blocks under a budget?
     entries: bool = False  # can it train single numbers, so that any budget buys something?
+    scheduled: bool = False  # does the plan change while it trains?
     families: tuple[str, ...] = FAMILIES
 
 
@@ -109,6 +110,12 @@ METHODS = {
         tolerance=_MERGED,
     ),
     "full": Row(method="full"),
+    # periods so short that the plan changes after the first step, or after the second
+    "lisa": Row(method={"lisa": {"layers": 1, "period": 1}}, scheduled=True),
+    "hft": Row(method={"hft": {"period": 1}}, scheduled=True),
+    "lift_refresh": Row(method={"lift": {"rank": 4, "refresh": 1}}, budget=0.05, entries=True, scheduled=True),
+    "composable_sft": Row(method={"composable_sft": {"phase1": 1}}, budget=0.02, entries=True, scheduled=True),
+    "greentrainer": Row(method={"greentrainer": {"period": 3}}, scheduled=True),
     "lora": Row(method={"peft": {"peft_type": "LORA", "r": 2}}, exact=False, tolerance=_MERGED),
     # PEFT has no DoRA for stacked experts
     "dora": Row(method={"peft": {"r": 2, "use_dora": True, "target_modules": _LINEAR}}, exact=False, tolerance=_MERGED),

@@ -20,8 +20,8 @@ def test_6_what_cannot_train_is_an_error_that_says_what_to_do(name: str) -> None
         tuning.check_gradients()
     optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
     cell.backward(tuning.model, masked, 1)
-    optimizer.step()
     tuning.check_gradients()
+    optimizer.step()
     with pytest.raises(ThriftyError, match=r"no trained value moved in the first step: .*labels"):
         tuning.check_changed()
     cell.backward(tuning.model, batch, 1)

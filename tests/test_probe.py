@@ -145,7 +145,7 @@ FIRST = GOOD[0] | {"labels": torch.full((4, 9), -100).index_fill(1, torch.tensor
         ({"smt": {"input_budget": 0.02}}, 0.5, GOOD, r"input_budget 2% \(7 of 384 input columns\) buys no strip"),
         ({"random_blocks": {"input_budget": 0.02}}, 0.5, None, "raise input_budget to at least 2.084%"),
         ({"smt": {"target_modules": ["none"]}}, 0.02, GOOD, "unknown module 'none'"),
-        ("full", 0.5, None, "method 'full' trains"),
+        ("full", 0.5, None, "whole tensors hold"),
         ({"peft": {"r": 8}}, 0.001, None, "lower its rank"),
         ({"peft": {"r": 8, "use_dora": True}}, 0.001, None, "lower its rank"),
         ({"peft": {"target_modules": ["nothing"]}}, None, None, "PEFT refuses this LORA configuration"),

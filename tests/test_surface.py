@@ -14,11 +14,15 @@ from thrifty.run.config import DataConfig, EvalConfig, RunConfig
 NAMES = ["Budget", "Delta", "Method", "Plan", "attach", "methods", "train"]
 METHODS = [
     "bitfit",
+    "composable_sft",
     "custom",
     "diablo",
     "full",
     "gps",
+    "greentrainer",
+    "hft",
     "lift",
+    "lisa",
     "locft_bf",
     "magnitude",
     "peft",

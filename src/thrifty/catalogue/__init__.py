@@ -2,11 +2,15 @@
 
 from . import (
     bitfit,
+    composable_sft,
     custom,
     diablo,
     full,
     gps,
+    greentrainer,
+    hft,
     lift,
+    lisa,
     locft_bf,
     magnitude,
     peft,
@@ -22,11 +26,15 @@ from . import (
 
 __all__ = [
     "bitfit",
+    "composable_sft",
     "custom",
     "diablo",
     "full",
     "gps",
+    "greentrainer",
+    "hft",
     "lift",
+    "lisa",
     "locft_bf",
     "magnitude",
     "peft",

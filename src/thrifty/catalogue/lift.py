@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..core.method import Method, Part
 from ..core.registry import method
+from ..schedule.every import Every
 from ..select.entries import TopEntries
 from ..select.layers import Layers
 from ..update.in_place import InPlace
@@ -22,18 +23,21 @@ __all__ = ["lift"]
 def lift(
     *,
     rank: int = 128,
+    refresh: int | None = None,
     target_modules: str | Sequence[str] = "all-linear",
     layers: Layers = None,
 ) -> Method:
     """Train, in place, the weights that are largest after a reduction of rank.
 
     The paper's principal weights: W_r is the best approximation of W of rank r (here by randomized SVD); in each matrix
-    the entries with the largest |W_r| are trained, 5 % in the paper. No data is looked at. Not done here: the paper
-    computes the mask again every few hundred steps; here it stays as it is at the start.
+    the entries with the largest |W_r| are trained, 5 % in the paper. No data is looked at. Every `refresh` steps the
+    mask is computed again from the weights as they are; entries that stay carry their moments, entries that leave keep
+    their values. By default it stays as it is at the start, and so does the size of the result.
 
     When not to use it: where the budget is far below 1 %: a mask by gradient then holds more of what has to change.
     """
     select = TopEntries(
         score="low_rank_magnitude", scope="per_matrix", rank=rank, target_modules=target_modules, layers=layers
     )
-    return Method(name="lift", parts=(Part(select=select, update=InPlace()),))
+    schedule = None if refresh is None else Every(period=refresh, key="refresh")
+    return Method(name="lift", parts=(Part(select=select, update=InPlace()),), schedule=schedule)

@@ -57,10 +57,14 @@ class Budget:
 
     def numbers(self, model: nn.Module) -> int:
         """The ceiling for `model`, in numbers."""
+        return self.of(distinct_parameters(model))
+
+    def of(self, total: int) -> int:
+        """The ceiling for a model of `total` numbers."""
         if self.count is not None:
             return self.count
         assert self.fraction is not None
-        return int(self.fraction * distinct_parameters(model) + 1e-9)
+        return int(self.fraction * total + 1e-9)
 
     def __str__(self) -> str:
         return f"{self.count:,} numbers" if self.count is not None else f"{100 * (self.fraction or 0):g}%"

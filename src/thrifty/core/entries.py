@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .errors import ThriftyError
-from .region import mask_of
+from .region import Blocks, Region, Whole, mask_of
 
-__all__ = ["Entries"]
+__all__ = ["Entries", "union"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,3 +73,14 @@ class Entries:
     def to_files(self) -> tuple[dict[str, Any], Tensor]:
         wide = len(self.index) > 0 and int(self.index[-1]) >= 2**31
         return {"kind": self.kind}, self.index if wide else self.index.to(torch.int32)
+
+
+def union(one: Region, other: Region, shape: Sequence[int]) -> Region:
+    """The region of all numbers that lie in `one` or in `other`, of a tensor of `shape`."""
+    if one == other or isinstance(one, Whole):
+        return one
+    if isinstance(other, Whole):
+        return other
+    if isinstance(one, Blocks) and isinstance(other, Blocks) and one.shape == other.shape:
+        return Blocks(one.shape, torch.cat([one.index, other.index]).unique(dim=0))
+    return Entries((one.mask(shape) | other.mask(shape)).flatten().nonzero()[:, 0])

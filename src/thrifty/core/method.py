@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -14,7 +14,7 @@ from .budget import Budget
 from .errors import ThriftyError, unknown
 from .plan import Plan
 
-__all__ = ["Method", "Part", "Selector", "Update", "parse_method"]
+__all__ = ["Method", "Part", "Schedule", "Selector", "Update", "parse_method"]
 
 
 class Selector(Protocol):
@@ -50,6 +50,22 @@ class Update(Protocol):
         ...
 
 
+class Schedule(Protocol):
+    """WHEN the plan changes: called around each step of the optimizer that holds the leaves, in any loop.
+
+    It keeps nothing itself. `tuning.step` counts the steps made; what it has to remember goes into `tuning.memory`, by
+    name, numbers and tensors, which checkpoints keep. It changes the plan with `tuning.replan` and `tuning.rewind`.
+    """
+
+    def before_step(self, tuning: Any) -> None:
+        """The gradients are in the leaves; the plan must stay as it is."""
+        ...
+
+    def after_step(self, tuning: Any) -> None:
+        """The weights hold what the step gave."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One select -> update pair. A peer that places its own parts has no selector. `budget`: of this part alone."""
@@ -66,6 +82,7 @@ class Method:
     name: str
     parts: tuple[Part, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The form that `parse_method` and a run file take: `{name: {option: value}}`."""
@@ -98,4 +115,4 @@ def parse_method(value: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | 
             if key not in parameters:
                 raise ThriftyError(unknown(f"option of method {record.name!r}:", str(key), parameters))
     method = record.build(**options)
-    return Method(name=record.name, parts=method.parts, options=options)
+    return replace(method, name=record.name, options=options)

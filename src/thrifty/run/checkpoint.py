@@ -4,6 +4,7 @@ checkpoint-120/
     values.safetensors              the trained leaves (float32: 4 bytes per trained number)
     optimizer.{json,safetensors}    AdamW: 8 bytes per trained number
     plan.json, plan.safetensors     what is trained
+    schedule.{json,safetensors}     of a method whose plan changes: its step, what it keeps, what it trained before
     scheduler.json, random.{json,safetensors}, trainer_state.json
     record.json                     the run: configuration, fingerprints, clock, evaluation before training
     complete.json                   written last: the size of every file above
@@ -103,7 +104,7 @@ class Checkpoint:
         return self._json("record.json")
 
     def state(self, name: str) -> Any:
-        """`optimizer`, `scheduler` or `random`."""
+        """`optimizer`, `scheduler`, `random` or `schedule`."""
         return load_state(self.folder / name)
 
     def _json(self, name: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from thrifty.core.errors import ThriftyError
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning
 
+from .schedule import follow
+
 if TYPE_CHECKING:
     from .trainer import ThriftyTrainer
 
@@ -23,9 +25,11 @@ class Guards(TrainerCallback):
         self.trainer = trainer
         self.tuning = tuning
         self.checked_gradients = False
+        self.had_gradient = False
         self.moved = False
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        follow(self.tuning, trainer=self.trainer)
         if not self.trainer.is_over:
             self.trainer.try_evaluation()
 
@@ -33,13 +37,16 @@ class Guards(TrainerCallback):
         if not self.checked_gradients:
             self.tuning.check_gradients()
             self.checked_gradients = True
+        if not self.moved:  # asked before the step, after which other leaves may be trained
+            gradients = [leaf.grad for leaf in self.tuning.named_leaves().values()]
+            self.had_gradient = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         # In warm-up the rate is 0; a batch without labels has no gradient; fp16 skips its first steps.
         if self.moved or optimizer.step_was_skipped or not any(group["lr"] > 0 for group in optimizer.param_groups):
             return
-        if any(leaf.grad is not None and bool(leaf.grad.any()) for leaf in self.tuning.named_leaves().values()):
+        if self.had_gradient:
             self.tuning.check_changed()
             self.moved = True
 

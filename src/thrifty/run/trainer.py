@@ -29,6 +29,7 @@ from .guards import Guards
 from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
 from .order import RowOrder
+from .schedule import restore, schedule_state
 from .state import load_optimizer_state, load_scheduler_state, optimizer_state, random_state, set_random_state
 
 __all__ = ["Row", "ThriftyTrainer"]
@@ -222,6 +223,7 @@ class ThriftyTrainer(Trainer):
                 "optimizer": optimizer_state(self.optimizer, self.tuning.named_leaves()),
                 "scheduler": self.lr_scheduler.state_dict(),
                 "random": gather_object([random_state()]),
+                **schedule_state(self.tuning),
             }
             if self.accelerator.scaler is not None:
                 states["scaler"] = self.accelerator.scaler.state_dict()
@@ -261,7 +263,7 @@ class ThriftyTrainer(Trainer):
             self.tuning.delta().save(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.tuning.load_state(Checkpoint(Path(resume_from_checkpoint)).values())
+        restore(self.tuning, Checkpoint(Path(resume_from_checkpoint)))
 
     def note_result(self, *, best: bool) -> None:
         """After training: put back the best values if they are the result, and note which step's values are left."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -13,14 +12,23 @@ from ..core.errors import ThriftyError
 from ..core.plan import Plan
 from ..core.region import Whole
 
-__all__ = ["Everything"]
+__all__ = ["Everything", "check_fits"]
+
+
+def check_fits(plan: Plan, budget: Budget | None, model: nn.Module) -> None:
+    """ThriftyError where whole tensors hold over 5 % more than a budget that is only checked."""
+    if budget is not None and plan.trainable_parameters > 1.05 * budget.numbers(model):
+        raise ThriftyError(
+            f"whole tensors hold {plan.trainable_parameters:,} numbers, more than budget {budget} allows "
+            f"({budget.numbers(model):,}): remove budget, or take a method that fits it, such as smt"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Everything:
-    """All parameters. A budget beside it is only checked."""
+    """All parameters. A budget beside it is only checked; where it `spends`, a schedule chooses by the budget later."""
 
-    spends: ClassVar[bool] = False
+    spends: bool = False
 
     @property
     def statistics(self) -> frozenset[str]:
@@ -31,12 +39,8 @@ class Everything:
 
     def check(self, model: nn.Module, budget: Budget | None) -> None:
         """ThriftyError where a budget is given that the whole model exceeds by more than 5 %."""
-        plan = self.select(model, probe=None, budget=None, seed=0)
-        if budget is not None and plan.trainable_parameters > 1.05 * budget.numbers(model):
-            raise ThriftyError(
-                f"method 'full' trains {plan.trainable_parameters:,} numbers, more than budget {budget} allows "
-                f"({budget.numbers(model):,}): remove budget, or take a method that fits it, such as smt"
-            )
+        if not self.spends:
+            check_fits(self.select(model, probe=None, budget=None, seed=0), budget, model)
 
     def select(self, model: nn.Module, *, probe: object, budget: Budget | None, seed: int) -> Plan:
         return Plan.of(model, {n: Whole() for n, p in model.named_parameters() if p.is_floating_point() and p.numel()})

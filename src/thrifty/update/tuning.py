@@ -23,7 +23,7 @@ from .part import Part
 from .peer import PeerTuning, attach_peer
 from .place import place, take_off
 
-__all__ = ["Tuning", "attach", "attach_with"]
+__all__ = ["Tuning", "attach", "attach_with", "mark"]
 
 _log = logging.getLogger("thrifty")
 _KEEP_SHARE = (
@@ -38,10 +38,17 @@ class Tuning:
         self.model, self.method, self.plan, self.seed = model, method, plan, seed
         self.probe_seconds = probe_seconds
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
-        keep = plan.trainable_share < _KEEP_SHARE or not can_read_base(model)
-        self._parts: dict[str, Part] = place(model, plan, keep_originals=keep, seed=seed)
+        self._marks: dict[str, Tensor] = {}
+        self._parts: dict[str, Part] = {}
+        self._place(plan)
         self._input_grads = allow_early_stop(model)
-        self._marks = {name: _mark(part.leaf) for name, part in self._parts.items() if part.in_leaf}
+
+    def _place(self, plan: Plan) -> None:
+        self._keep = plan.trainable_share < _KEEP_SHARE or not can_read_base(self.model)
+        self.plan, self._parts = plan, place(self.model, plan, keep_originals=self._keep, seed=self.seed)
+        for name, part in self._parts.items():
+            if part.in_leaf:
+                self._marks.setdefault(name, mark(part.leaf))
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable leaves, in the plan's order: packed offsets from the original values (float32 `[n, h, w]` for
@@ -87,16 +94,21 @@ class Tuning:
     def _originals(self) -> dict[str, Tensor]:
         kept = {name: part.original for name, part in self._live().items()}
         missing = [name for name, values in kept.items() if values is None]
-        if missing:
-            read = base_tensors(self.model, missing)
-            for name in missing:
-                kept[name] = values = read[name].to(self._parts[name].weight.device)
-                if not torch.equal(_mark(values), self._marks[name]):
-                    raise ThriftyError(
-                        f"{name} is not what it was when training began: the weights were changed after loading, or "
-                        "the folder was replaced; save the trained model itself, or attach before loading from a folder"
-                    )
-        return {name: values for name, values in kept.items() if values is not None}
+        read = self._read_base(missing)
+        return {name: read[name] if values is None else values for name, values in kept.items()}
+
+    def _read_base(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The original values of whole tensors that were not kept, from where the model was loaded."""
+        read: dict[str, Tensor] = base_tensors(self.model, names) if names else {}
+        weights = dict(self.model.named_parameters())
+        for name, values in read.items():
+            read[name] = values = values.to(weights[name].device)
+            if not torch.equal(mark(values), self._marks[name]):
+                raise ThriftyError(
+                    f"{name} is not what it was when training began: the weights were changed after loading, or "
+                    "the folder was replaced; save the trained model itself, or attach before loading from a folder"
+                )
+        return read
 
     def delta(self) -> Delta:
         """What changed so far, exact: the region's values before and after."""
@@ -149,16 +161,20 @@ class Tuning:
 
     def check_changed(self) -> None:
         """After the first step with a learning rate above 0: ThriftyError where no trained value moved."""
-        for name, part in self._live().items():
-            if not torch.equal(_mark(part.leaf), self._marks[name]) if part.in_leaf else part.moved():
-                return
-        raise ThriftyError(
-            "no trained value moved in the first step: give the optimizer tuning.parameters(), "
-            "a learning rate above 0, and labels that are not all -100"
+        if not self._has_moved():
+            raise ThriftyError(
+                "no trained value moved in the first step: give the optimizer tuning.parameters(), "
+                "a learning rate above 0, and labels that are not all -100"
+            )
+
+    def _has_moved(self) -> bool:
+        return any(
+            not torch.equal(mark(part.leaf), self._marks[name]) if part.in_leaf else part.moved()
+            for name, part in self._live().items()
         )
 
 
-def _mark(tensor: Tensor) -> Tensor:
+def mark(tensor: Tensor) -> Tensor:
     """Enough of a whole tensor to see that it moved: one sum per row, float64."""
     return tensor.detach().flatten(1).sum(1, dtype=torch.float64) if tensor.ndim > 1 else tensor.detach().clone()
 
@@ -203,4 +219,8 @@ def attach_with(
         plan, seconds = compose(method, model, limit, batches=batches, seed=seed, loss=loss, rows=probe_rows)
     else:
         plan = Plan.of(model, plan, kept_columns=plan.kept_columns)
+    if method.schedule is not None:
+        from .scheduled import ScheduledTuning  # it builds on this module
+
+        return ScheduledTuning(model, method, plan, seed=seed, probe_seconds=seconds, budget=limit)
     return Tuning(model, method, plan, seed=seed, probe_seconds=seconds)
