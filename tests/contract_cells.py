@@ -73,6 +73,8 @@ METHODS = {
     "random_entries": Row(method="random_entries", budget=0.02, entries=True),
     "magnitude": Row(method={"magnitude": {"scope": "per_kind"}}, budget=0.02, entries=True),
     "lift": Row(method={"lift": {"rank": 4}}, budget=0.05, entries=True),
+    "loki": Row(method="loki", budget=0.05, probes=True),
+    "senszo_mask": Row(method="senszo_mask", budget=0.02, probes=True, entries=True),
     "gps": Row(method="gps", budget=0.05, probes=True),
     "diablo": Row(method={"diablo": {"blocks": 7}}),
     "bitfit": Row(method="bitfit", families=("qwen2", "gpt2")),

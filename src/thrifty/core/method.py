@@ -77,12 +77,17 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How to train. `options` is what the user wrote, so that `to_dict` gives the YAML form back."""
+    """How to train. `options` is what the user wrote, so that `to_dict` gives the YAML form back.
+
+    general: the probe must see general text, not the task; `text` names the plain text file that a run takes it from.
+    """
 
     name: str
     parts: tuple[Part, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     schedule: Schedule | None = None
+    general: bool = False
+    text: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The form that `parse_method` and a run file take: `{name: {option: value}}`."""

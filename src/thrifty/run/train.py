@@ -35,6 +35,7 @@ from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
 from .model import load_model, load_tokenizer
 from .order import RowOrder, row_order
+from .probe_batches import check_text, general_rows, probe_batches
 from .summary import data_fingerprint, make_summary, model_fingerprint, print_result
 from .trainer import Row, ThriftyTrainer
 
@@ -62,6 +63,7 @@ class _Rows:
     eval: Sequence[Row] | None
     examples: Sequence[Example]  # of the evaluation
     report: DataReport
+    general: Sequence[Row] | None  # what the probe takes instead, for methods that must not see the task
 
 
 def train(source: str | os.PathLike[str] | Mapping[str, Any] | None = None, **overrides: Any) -> Run:
@@ -80,6 +82,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     console = Console() if console is None else console
     console.quiet = console.quiet or not args.should_save
     output = Path(args.output_dir)
+    check_text(config)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir=output)
     claim(output, resume=checkpoint)
     if checkpoint is not None:
@@ -123,17 +126,18 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
 
 def _load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Rows:
     train_rows, report = encode_all(load(config.data.train, seed=config.seed), tokenizer, max_length=config.max_length)
+    general = general_rows(config, tokenizer)
     if not config.data.eval:
-        return _Rows(train=train_rows, eval=None, examples=(), report=report)
+        return _Rows(train=train_rows, eval=None, examples=(), report=report, general=general)
     examples = load(config.data.eval, seed=config.seed)
     eval_rows, _ = encode_all(examples, tokenizer, max_length=config.max_length)
-    return _Rows(train=train_rows, eval=eval_rows, examples=examples, report=report)
+    return _Rows(train=train_rows, eval=eval_rows, examples=examples, report=report, general=general)
 
 
 def _check_fits(config: RunConfig, model: PreTrainedModel, rows: _Rows) -> None:
     """ThriftyError where a row holds a token or a position that the model does not have, or nothing can be selected."""
     check_method(parse_method(config.method), model, config.budget)
-    every = [*rows.train, *(rows.eval or ())]
+    every = [*rows.train, *(rows.eval or ()), *(rows.general or ())]
     check_vocabulary(every, model.get_input_embeddings().num_embeddings)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(row["input_ids"]) for row in every)
@@ -185,8 +189,7 @@ def _train(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     collator = partial(collate, pad_token_id=pad)
     seed = args.data_seed if args.data_seed is not None else args.seed
-    first = row_order(len(rows.train), seed=seed, epoch=0)[: config.probe_units * config.probe_rows]
-    units = [first[i : i + config.probe_rows] for i in range(0, len(first), config.probe_rows)]
+    first = row_order(len(rows.train), seed=seed, epoch=0)
 
     meter = MemoryMeter(model)
     display = Display(console=console)
@@ -198,7 +201,7 @@ def _train(
             model,
             config.method,
             budget=config.budget,
-            batches=(collator([rows.train[i] for i in unit]) for unit in units),
+            batches=probe_batches(config, rows.general or rows.train, collate=collator, seed=seed),
             seed=args.seed,
             loss=loss_of,
             plan=None if checkpoint is None else checkpoint.plan(),

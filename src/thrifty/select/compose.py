@@ -12,6 +12,7 @@ from ..core.errors import ThriftyError
 from ..core.method import Method, Part, Selector
 from ..core.plan import Plan
 from ..core.region import Region
+from .attribution import ATTRIBUTIONS
 from .probe import Loss, Probe, model_loss, run_probe
 
 __all__ = ["budgets", "check", "compose"]
@@ -90,21 +91,24 @@ def _probes(
     loss: Loss,
     rows: int,
 ) -> tuple[list[Probe | None], float]:
-    """A probe for each part that asks for one: the same pass, unless two parts cut one matrix in different ways."""
+    """A probe for each part that asks for one: the same pass, unless two parts cut one matrix in different ways.
+    Attributions take a pass of their own."""
     asking = [(i, select, budget) for i, (select, budget) in enumerate(chosen) if select.statistics]
     probes: list[Probe | None] = [None] * len(chosen)
     if not asking:
         return probes, 0.0
     if batches is None:
+        what = "of general text " if method.general else ""
         raise ThriftyError(
-            f"method {method.name!r} looks at gradients first: pass batches=[...] "
+            f"method {method.name!r} looks at gradients first: pass batches=[...] {what}"
             "(dicts with input_ids, attention_mask, labels)"
         )
     passes: list[tuple[dict[str, tuple[int, int]], set[str], list[int]]] = []
     for i, select, budget in asking:
         grids = dict(select.grids(model, budget))
         for together, statistics, members in passes:
-            if all(together.get(name, grid) == grid for name, grid in grids.items()):
+            alike = statistics == select.statistics or not (statistics | select.statistics) & set(ATTRIBUTIONS)
+            if alike and all(together.get(name, grid) == grid for name, grid in grids.items()):
                 together |= grids
                 statistics |= select.statistics
                 members.append(i)

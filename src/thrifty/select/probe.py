@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import ThriftyError
 from ..data.units import units
 from ..kernels.region_grad import block_sums
+from .attribution import ATTRIBUTIONS, attribute
 from .entry_sums import ENTRY_GRID, EntrySums
 from .inputs import Input, watch_inputs
 
@@ -33,6 +34,7 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "squared_grad": lambda g, w: g.square(),
     "weight_times_grad": lambda g, w: (w * g).abs(),
 }
+_NO_LABEL = "the probe saw no label: batches is empty or every label is -100; check the data and max_length"
 _CHUNK = 2**20  # numbers reduced at a time, so that no second tensor of a matrix's size is made
 
 
@@ -47,9 +49,13 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 @dataclass
 class Probe:
     """Sums of each statistic over `units`: `sums[statistic][parameter]`, float64 `[..., block rows, block columns]`;
-    for single numbers on disk. `inputs`: which linear layers among the parameters read the same input."""
+    for single numbers on disk. `inputs`: which linear layers among the parameters read the same input.
+
+    `attributions[statistic][parameter]`: float32 `[rows with a label, outputs]`; see `attribution.attribute`.
+    """
 
     sums: dict[str, dict[str, Tensor | EntrySums]] = field(default_factory=dict)
+    attributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     inputs: tuple[Input, ...] = ()
     units: int = 0
     seconds: float = 0.0
@@ -115,6 +121,31 @@ def _zeros(parameter: Tensor, grid: tuple[int, int]) -> Tensor | EntrySums:
     return torch.zeros(blocks, dtype=torch.float64, device=parameter.device)
 
 
+def _labelled(batches: Iterable[Mapping[str, Any]], *, rows: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The units that have a label, on `device`."""
+    for unit in units(batches, rows=rows):
+        labels = unit.get("labels")
+        if labels is None:
+            raise ThriftyError("the probe needs batches with 'labels' (-100 where there is nothing to learn)")
+        if bool((labels != -100).any()):
+            yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in unit.items()}
+
+
+def _attributions(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], names: Iterable[str], *, joint: bool, rows: int
+) -> dict[str, Tensor]:
+    """See `attribute`; rows one after the other."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    device = next(model.parameters()).device
+    with _only(model, ()), torch.enable_grad():
+        for unit in _labelled(batches, rows=rows, device=device):
+            for name, values in attribute(model, unit, [*found], joint=joint).items():
+                found[name].append(values)
+    if not all(found.values()):
+        raise ThriftyError(_NO_LABEL)
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
 def run_probe(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
@@ -126,6 +157,11 @@ def run_probe(
 ) -> Probe:
     """Collect `statistics` of the parameters in `grids` (name -> block shape) over `batches`."""
     start, probe, wanted = time.perf_counter(), Probe(), sorted(statistics)
+    if set(wanted) & set(ATTRIBUTIONS):
+        (statistic,) = wanted  # a pass of its own: it needs no gradient of a weight
+        probe.attributions[statistic] = _attributions(model, batches, grids, joint="joint" in statistic, rows=rows)
+        probe.seconds = time.perf_counter() - start
+        return probe
     device = next(model.parameters()).device
     hooks: list[Any] = []
 
@@ -148,13 +184,7 @@ def run_probe(
     with _only(model, grids) as chosen, watch_inputs(model, grids) as inputs, torch.enable_grad():
         try:
             hooks = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in chosen.items()]
-            for unit in units(batches, rows=rows):
-                labels = unit.get("labels")
-                if labels is None:
-                    raise ThriftyError("the probe needs batches with 'labels' (-100 where there is nothing to learn)")
-                if not bool((labels != -100).any()):
-                    continue
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in unit.items()}
+            for moved in _labelled(batches, rows=rows, device=device):
                 loss(model, moved).backward()
                 probe.units += 1
         finally:
@@ -162,9 +192,7 @@ def run_probe(
                 hook.remove()
     probe.inputs = inputs()
     if probe.units == 0:
-        raise ThriftyError(
-            "the probe saw no label: batches is empty or every label is -100; check the data and max_length"
-        )
+        raise ThriftyError(_NO_LABEL)
     if not any(bool(sums.any()) for found in probe.sums.values() for sums in found.values()):
         raise ThriftyError(
             "the probe's gradients are zero everywhere: no label is predicted (the first of a row never is), "

@@ -1,0 +1,63 @@
+"""What the probe looks at: rows of the training data, or, for methods that ask for it, windows of a general text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from thrifty.core.errors import ThriftyError
+from thrifty.core.method import parse_method
+from thrifty.data import windows
+
+from .config import RunConfig
+from .order import row_order
+
+__all__ = ["WINDOW", "check_text", "general_rows", "probe_batches"]
+
+WINDOW = 128  # tokens of general text in one row, at most
+
+
+def check_text(config: RunConfig) -> None:
+    """ThriftyError where the method needs general text and the run gives none, or what measures its forgetting."""
+    method = parse_method(config.method)
+    if not method.general:
+        return
+    if method.text is None:
+        raise ThriftyError(
+            f"method {method.name!r} takes its statistics from general text: "
+            f"give a plain text file, method: {{{method.name}: {{text: general.txt}}}}"
+        )
+    if not Path(method.text).expanduser().is_file():
+        raise ThriftyError(f"method.{method.name}.text: there is no file {method.text!r}")
+    forgetting = config.eval.forgetting
+    if forgetting is not None and Path(forgetting).resolve() == Path(method.text).expanduser().resolve():
+        raise ThriftyError(
+            f"method.{method.name}.text is also eval.forgetting: what was looked at before training would no longer "
+            "measure forgetting; give two files"
+        )
+
+
+def general_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]] | None:
+    """Windows of the method's general text, every token a label; None where it looks at the task."""
+    method = parse_method(config.method)
+    if not method.general:
+        return None
+    assert method.text is not None, "check_text comes first"
+    found = windows(method.text, tokenizer, length=min(WINDOW, config.max_length))
+    return [{"input_ids": ids, "labels": list(ids)} for ids in found]
+
+
+def probe_batches(
+    config: RunConfig,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    seed: int,
+) -> Iterator[Mapping[str, Any]]:
+    """`probe_units` units of `probe_rows` of the rows, drawn by the seed."""
+    order = row_order(len(rows), seed=seed, epoch=0)[: config.probe_units * config.probe_rows]
+    for start in range(0, len(order), config.probe_rows):
+        yield collate([rows[i] for i in order[start : start + config.probe_rows]])
