@@ -93,6 +93,7 @@ METHODS = {
         method={"spt_sensitivity": {"r": 1, "threshold": 0.5}},
         budget=0.02,
         probes=True,
+        entries=True,
         pairs=True,
         tolerance=_MERGED,
     ),

@@ -14,6 +14,7 @@ from thrifty.data import encode, load
 from thrifty.data.source import Source
 from thrifty.run.config import load_config
 from thrifty.run.evaluate import evaluate, run_eval
+from thrifty.run.model import load_model
 from thrifty.update.tuning import attach
 
 
@@ -42,7 +43,7 @@ def test_a_base_and_its_delta_measure_as_the_trained_model(tmp_path: Path) -> No
     tokenizer, examples = character_tokenizer(), load(Source(str(tmp_path / "rows.jsonl")), seed=0)
     ids = torch.tensor([encode(examples[0], tokenizer, max_length=48).input_ids])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    trained = build("llama")
+    trained = load_model(str(model))  # with the attention that it will be loaded with again
     tuning = attach(trained, {"smt": {"block_size": 8}}, budget=0.05, batches=[batch], seed=0)
     optimizer = torch.optim.AdamW(tuning.parameters(), lr=0.05)
     for _ in range(3):
