@@ -9,7 +9,7 @@ SOURCES := pyproject.toml constraints.txt .ci/install
 help:
 	@echo "make demo    fine-tune a real model on the CPU in about five minutes, and see that it learned"
 	@echo "make test    all tests, those with the real model too"
-	@echo "make bench   speed and memory against the floor and the peers, under 20 minutes (bench-quick: 3 minutes)"
+	@echo "make bench   speed and memory against the floor and the peers, half an hour or more (bench-quick: a few minutes)"
 	@echo "make bench-growth, make bench-shapes   how cost grows; two more shapes (half an hour or more each)"
 	@echo "make lint    formatting, lint, types, layering"
 	@echo "make format  rewrite the sources in the project's format"

@@ -155,7 +155,7 @@ def test_after_the_layers_come_the_norm_and_an_untied_head() -> None:
         ({"target_modules": 3}, "target_modules: 3 is not valid: give a list"),
         ({"target_modules": ["mlp", 3]}, "is not valid: give a list"),
         ({"layers": "0:5"}, "reaches outside the model"),
-        ({"budget": 100}, "more than budget 100 numbers allows .*: remove budget"),
+        ({"budget": 100}, "more than budget 100 numbers allows .*, or remove budget"),
     ],
 )
 def test_tensors_that_are_not_there_are_refused(options: dict[str, Any], message: str) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from ..core.budget import Budget
 from ..core.errors import ThriftyError
 from ..core.plan import Plan
 from ..core.region import Blocks
+from .fixed import FixedSize
 from .layers import Layers
 from .targets import targets
 
@@ -20,7 +20,7 @@ __all__ = ["Diagonal"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagonal:
+class Diagonal(FixedSize):
     """`blocks` blocks on the diagonal of each `[out, in]`, each `ceil(out / blocks)` x `ceil(in / blocks)`; the last
     ones are smaller, or missing, where that does not divide. A budget beside it is only checked."""
 
@@ -32,23 +32,9 @@ class Diagonal:
         if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
             raise ThriftyError(f"blocks {self.blocks!r} is not valid: give how many lie on the diagonal, 64 for 1/64")
 
-    spends: ClassVar[bool] = False
-
     @property
-    def statistics(self) -> frozenset[str]:
-        return frozenset()
-
-    def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
-        return {}
-
-    def check(self, model: nn.Module, budget: Budget | None) -> None:
-        """ThriftyError where a budget is given that the diagonals exceed by more than 5 %."""
-        plan = self.select(model, probe=None, budget=None, seed=0)
-        if budget is not None and plan.trainable_parameters > 1.05 * budget.numbers(model):
-            raise ThriftyError(
-                f"the diagonals hold {plan.trainable_parameters:,} numbers, more than budget {budget} allows "
-                f"({budget.numbers(model):,}): raise blocks (now {self.blocks}), or remove budget"
-            )
+    def size_and_fix(self) -> tuple[str, str]:
+        return "the diagonals", f"raise blocks (now {self.blocks})"
 
     def select(self, model: nn.Module, *, probe: object, budget: Budget | None, seed: int) -> Plan:
         regions = {}

@@ -5,37 +5,23 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
 from ..core.budget import Budget
 from ..core.plan import Plan, kind_of
 from ..core.region import Whole
+from .fixed import FixedSize
 from .layers import layer_of
-from .whole import check_fits
 
 __all__ = ["Halves"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Halves:
+class Halves(FixedSize):
     """In every layer a random half of the modules of each category: attention matrices, MLP matrices, norms; and every
     tensor outside the layers. A bias goes with its module. Where a category holds an odd number, half of the layers,
     drawn at random, take the larger part. A budget beside it is only checked."""
-
-    spends: ClassVar[bool] = False
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        return frozenset()
-
-    def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
-        return {}
-
-    def check(self, model: nn.Module, budget: Budget | None) -> None:
-        """ThriftyError where a budget is given that this exceeds by more than 5 %."""
-        check_fits(self.select(model, probe=None, budget=None, seed=0), budget, model)
 
     def select(self, model: nn.Module, *, probe: object, budget: Budget | None, seed: int) -> Plan:
         parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}

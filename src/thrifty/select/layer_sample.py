@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,20 +12,19 @@ from ..core.budget import Budget
 from ..core.errors import ThriftyError
 from ..core.plan import Plan
 from ..core.region import Whole
+from .fixed import FixedSize
 from .layers import layer_of
-from .whole import check_fits
 
 __all__ = ["SampledLayers"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledLayers:
+class SampledLayers(FixedSize):
     """`layers` layers, drawn without replacement, and every tensor outside the layers (embeddings, final norm, head).
     importance: a weight of each layer for the draw; None: all alike. A budget beside it is only checked."""
 
     layers: int = 2
     importance: Sequence[float] | None = None
-    spends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
@@ -34,17 +32,6 @@ class SampledLayers:
         given = self.importance
         if given is not None and (isinstance(given, str) or not all(type(w) in (int, float) and w >= 0 for w in given)):
             raise ThriftyError(f"importance {given!r} is not valid: give a number of 0 or more for each layer")
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        return frozenset()
-
-    def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
-        return {}
-
-    def check(self, model: nn.Module, budget: Budget | None) -> None:
-        """ThriftyError where the model has fewer layers, or a budget is given that this exceeds by more than 5 %."""
-        check_fits(self.select(model, probe=None, budget=None, seed=0), budget, model)
 
     def select(self, model: nn.Module, *, probe: object, budget: Budget | None, seed: int) -> Plan:
         parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}

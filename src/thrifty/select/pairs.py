@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -14,6 +12,7 @@ from ..core.low_rank import LowRank
 from ..core.method import Selector
 from ..core.plan import Plan
 from ..core.region import Region, Whole
+from .fixed import FixedSize
 from .targets import targets
 
 __all__ = ["Pairs"]
@@ -22,7 +21,7 @@ _ADVICE = "select matrices of linear layers, such as {tensors: {only: weights, t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs:
+class Pairs(FixedSize):
     """The whole matrices that `of` selects, each with a pair of rank `r`. A budget beside it is only checked."""
 
     of: Selector
@@ -37,23 +36,9 @@ class Pairs:
         if self.of.spends:
             raise ThriftyError(f"low_rank trains whole matrices, not parts of them: {_ADVICE}")
 
-    spends: ClassVar[bool] = False
-
     @property
-    def statistics(self) -> frozenset[str]:
-        return frozenset()
-
-    def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
-        return {}
-
-    def check(self, model: nn.Module, budget: Budget | None) -> None:
-        """ThriftyError where a tensor can have no pair, or the pairs exceed the budget by more than 5 %."""
-        plan = self.select(model, probe=None, budget=None, seed=0)
-        if budget is not None and plan.trainable_parameters > 1.05 * budget.numbers(model):
-            raise ThriftyError(
-                f"low-rank pairs of rank {self.r} hold {plan.trainable_parameters:,} numbers, more than budget "
-                f"{budget} allows ({budget.numbers(model):,}): lower r, choose fewer matrices, or remove budget"
-            )
+    def size_and_fix(self) -> tuple[str, str]:
+        return f"low-rank pairs of rank {self.r}", "lower r, choose fewer matrices"
 
     def select(self, model: nn.Module, *, probe: object, budget: Budget | None, seed: int) -> Plan:
         whole = self.of.select(model, probe=probe, budget=None, seed=seed)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from safetensors.torch import load_file
 from torch import nn
@@ -15,13 +13,13 @@ from ..core.budget import Budget
 from ..core.errors import ThriftyError, unknown
 from ..core.plan import Plan, plan_from_files
 from ..delta import Delta
-from .whole import check_fits
+from .fixed import FixedSize
 
 __all__ = ["Saved"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class Saved(FixedSize):
     """What another run trained. `plan`: the folder of a finished run (its delta), of a delta, or of a checkpoint. A
     budget beside it is only checked."""
 
@@ -30,19 +28,6 @@ class Saved:
     def __post_init__(self) -> None:
         if not isinstance(self.plan, str) or not self.plan:
             raise ThriftyError(f"plan {self.plan!r} is not valid: give the folder of a run, a delta or a checkpoint")
-
-    spends: ClassVar[bool] = False
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        return frozenset()
-
-    def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
-        return {}
-
-    def check(self, model: nn.Module, budget: Budget | None) -> None:
-        """ThriftyError where the folder holds no plan, or one for a model of another shape."""
-        check_fits(self.select(model, probe=None, budget=None, seed=0), budget, model)
 
     def select(self, model: nn.Module, *, probe: object, budget: Budget | None, seed: int) -> Plan:
         plan = self._read()

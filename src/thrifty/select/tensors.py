@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from ..core.budget import Budget
 from ..core.errors import ThriftyError, unknown
 from ..core.plan import Plan
 from ..core.region import Whole
+from .fixed import FixedSize
 from .layers import Layers, in_layers, layer_of
 
 __all__ = ["ONLY", "Tensors"]
@@ -21,7 +21,7 @@ ONLY = ("all", "weights", "biases", "norms")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tensors:
+class Tensors(FixedSize):
     """Whole parameters. A budget beside it is only checked.
 
     target_modules: None for every module, module names or their endings, or a regular expression on the module's name.
@@ -37,24 +37,6 @@ class Tensors:
     def __post_init__(self) -> None:
         if self.only not in ONLY:
             raise ThriftyError(unknown("only", str(self.only), ONLY))
-
-    spends: ClassVar[bool] = False
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        return frozenset()
-
-    def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
-        return {}
-
-    def check(self, model: nn.Module, budget: Budget | None) -> None:
-        """ThriftyError where nothing matches, or a budget is given that this exceeds by more than 5 %."""
-        plan = self.select(model, probe=None, budget=None, seed=0)
-        if budget is not None and plan.trainable_parameters > 1.05 * budget.numbers(model):
-            raise ThriftyError(
-                f"whole tensors hold {plan.trainable_parameters:,} numbers, more than budget {budget} allows "
-                f"({budget.numbers(model):,}): remove budget, choose fewer, or take a method that fits it, such as smt"
-            )
 
     def select(self, model: nn.Module, *, probe: object, budget: Budget | None, seed: int) -> Plan:
         parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
