@@ -20,6 +20,7 @@ from thrifty.core.plan import Plan, kind_of
 from thrifty.select import entry_sums
 from thrifty.select.entries import ENTRY_SCOPES, TopEntries
 from thrifty.select.entry_sums import EntrySums
+from thrifty.select.layers import layer_of
 from thrifty.select.probe import STATISTICS, run_probe
 
 FAMILIES = ("llama", "gpt2", "mixtral")
@@ -92,7 +93,7 @@ def test_the_chosen_entries_are_the_best_of_dense_autograd(score: str, scope: st
             for row, taken in zip(score_.flatten(0, -2), mask.flatten(0, -2), strict=True):
                 check_best([(row, taken)], count)
         return
-    group = {"global": lambda n: "", "per_kind": kind_of, "per_matrix": lambda n: n}[scope]
+    group = {"global": lambda n: "", "per_kind": kind_of, "per_layer": layer_of, "per_matrix": lambda n: n}[scope]
     total, spent = sum(s.numel() for s in scores.values()), 0
     for key in {group(n) for n in names}:
         of = [(scores[n], masks[n]) for n in names if group(n) == key]
@@ -118,7 +119,7 @@ def test_per_row_has_exactly_k_of_every_output(score: str, family: str) -> None:
 def test_a_budget_is_never_exceeded(budget: int, scope: str, seed: int) -> None:
     model = nn.ModuleDict({"attn": nn.Linear(17, 13, bias=False), "mlp": nn.Linear(11, 9, bias=False)})
     selector = TopEntries(score="random", scope=scope)
-    nothing = budget < 22 if scope == "per_row" else scope != "global" and budget * 221 // 320 < 1
+    nothing = budget < 22 if scope == "per_row" else scope in ("per_kind", "per_matrix") and budget * 221 // 320 < 1
     if nothing:
         with pytest.raises(ThriftyError, match="raise budget"):
             selector.select(model, probe=None, budget=Budget.parse(budget), seed=seed)

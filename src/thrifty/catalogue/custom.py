@@ -46,7 +46,8 @@ def custom(*, parts: Sequence[Mapping[str, Any]]) -> Method:
     """Several parts, each a selector with what is trained there; `method: [...]` in a run file is short for it.
 
     A part is `{select: {blocks: {block_size: 64, target_modules: [q_proj]}}, budget: 0.5%}`. Selectors: blocks, rows,
-    columns, entries, diagonal, tensors, weights, biases, norms. `update: {low_rank: {r: 8, alpha: 16}}` trains each
+    columns, entries, diagonal, tensors, weights, biases, norms; those by score take `scope: per_layer` and
+    `order: lowest` too. `update: {low_rank: {r: 8, alpha: 16}}` trains each
     matrix that is selected whole (weights) as a low-rank pair; `in_place`, the default, what is selected itself. Parts
     without a budget share what the others leave of the run's.
     No tensor may be in two parts. When not to use it: where a named method says the same.

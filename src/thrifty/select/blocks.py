@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..core.budget import Budget, share_of
 from ..core.errors import ThriftyError, unknown
-from ..core.plan import Plan, kind_of
+from ..core.plan import Plan
 from ..core.region import Blocks, Region
 from .inputs import Input, kept_inputs, same_inputs, strip_linears
 from .layers import Layers
-from .pick import SCOPES, pick
+from .pick import SCOPES, check_order, group_of, pick
 from .probe import STATISTICS, Probe
 from .strip_first import Strips, check_input_budget, columns_of
 from .targets import Target, targets
@@ -74,8 +74,9 @@ class TopBlocks:
     """The blocks with the highest `score`, chosen under the budget within each `scope`.
 
     score: `abs_grad` mean |g| over units and numbers (the paper's), `signed_grad` |mean g|, `squared_grad` mean g²,
-    `weight_times_grad` mean |w g|, `random` (seeded, no probe). scope: `global`; `per_kind` (attention, MLP, others,
-    each its share of the budget by size); `per_matrix`.
+    `weight_times_grad` mean |w g|, `random` (seeded, no probe). order: `highest`, or `lowest` for
+    the smallest scores. scope: `global`; `per_kind` (attention, MLP, others), `per_layer` (those outside the layers
+    together) or `per_matrix`, each its share of the budget by the size of its candidates.
 
     input_budget: None, or a share (0.1, "10%") of all distinct input columns of the target linear layers, which
     backward may keep. Then strips of an input, as wide as a block, come first, by the sum of the statistic over all
@@ -89,12 +90,14 @@ class TopBlocks:
     target_modules: str | Sequence[str] = "all-linear"
     input_budget: float | str | None = None
     layers: Layers = None
+    order: str = "highest"
 
     def __post_init__(self) -> None:
         if self.score not in STATISTICS and self.score != _RANDOM:
             raise ThriftyError(unknown("score", str(self.score), [*STATISTICS, _RANDOM]))
         if self.scope not in SCOPES:
             raise ThriftyError(unknown("scope", str(self.scope), SCOPES))
+        check_order(self.order)
         block_shape(self.block_size, Target("", (1, 1)), numbers=1)
         if self.input_budget is not None:
             share_of(self.input_budget, key="input_budget")
@@ -142,7 +145,8 @@ class TopBlocks:
                 scores[name] = torch.rand(count.shape, generator=generator, dtype=torch.float64)
             else:
                 assert probe is not None
-                scores[name] = probe.mean(self.score, name, sizes=count.to(parameters[name].device)).cpu()
+                mean = probe.mean(self.score, name, sizes=count.to(parameters[name].device)).cpu()
+                scores[name] = -mean if self.order == "lowest" else mean
         inputs: Sequence[Input] = () if probe is None else probe.inputs
         inside = {name: torch.ones(count.shape, dtype=torch.bool) for name, count in counts.items()}
         if self.input_budget is not None:
@@ -204,7 +208,7 @@ class TopBlocks:
             torch.cat([scores[name].flatten() for name in counts])[allowed],
             torch.cat([count.flatten() for count in counts.values()])[allowed],
             owner=owner[allowed],
-            kinds=[kind_of(name) for name in counts],
+            groups=[group_of(name, self.scope) for name in counts],
             whole=[int(count.sum()) for count in counts.values()],
             scope=self.scope,
             ceiling=ceiling,

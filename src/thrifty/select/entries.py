@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from ..core.budget import Budget
 from ..core.entries import Entries
 from ..core.errors import ThriftyError, unknown
-from ..core.plan import Plan, kind_of
+from ..core.plan import Plan
 from ..core.region import Region
 from .layers import Layers
-from .pick import shares
+from .pick import SCOPES, check_order, group_of, shares
 from .probe import STATISTICS, Probe
 from .targets import Target, targets
 
 __all__ = ["ENTRY_SCOPES", "BestEntries", "TopEntries"]
 
-ENTRY_SCOPES = ("global", "per_kind", "per_matrix", "per_row")
+ENTRY_SCOPES = (*SCOPES, "per_row")
 _FREE = ("random", "magnitude", "low_rank_magnitude")  # scores that need no gradient
 
 
@@ -30,9 +30,11 @@ class TopEntries:
     """The entries with the highest `score`, as many as the budget buys within each `scope`.
 
     score: a statistic of the probe (`abs_grad`, `signed_grad`, `squared_grad`, `weight_times_grad`), `magnitude` |w|,
-    `low_rank_magnitude` (|w| of the best approximation of rank `rank`), or `random`. scope: `global`, `per_kind`
-    (attention, MLP, others), `per_matrix` (each its share by size), `per_row`: `per_row` entries of each output (the
-    same number everywhere; by default what the budget buys). share: of the model, where there is no budget.
+    `low_rank_magnitude` (|w| of the best approximation of rank `rank`), or `random`. order:
+    `highest`, or `lowest` for the smallest scores. scope: `global`; `per_kind` (attention, MLP, others), `per_layer`
+    (those outside the layers together) or `per_matrix`, each its share by the size of its candidates; `per_row`:
+    `per_row` entries of each output (the same number everywhere; by default what the budget buys). share: of the model,
+    where there is no budget.
     """
 
     score: str = "abs_grad"
@@ -42,12 +44,14 @@ class TopEntries:
     per_row: int | None = None
     rank: int = 64
     share: float = 0.01
+    order: str = "highest"
 
     def __post_init__(self) -> None:
         if self.score not in (*STATISTICS, *_FREE):
             raise ThriftyError(unknown("score", str(self.score), [*STATISTICS, *_FREE]))
         if self.scope not in ENTRY_SCOPES:
             raise ThriftyError(unknown("scope", str(self.scope), ENTRY_SCOPES))
+        check_order(self.order)
         for key, value in (("per_row", self.per_row), ("rank", self.rank)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ThriftyError(f"{key} {value!r} is not valid: give a number of 1 or more")
@@ -92,21 +96,22 @@ class TopEntries:
         """The plan: never more than the budget; ties go to the earlier entry."""
         self.check(model, budget)
         found, limit = self._targets(model), (budget or Budget(fraction=self.share)).numbers(model)
-        scores = self._scores(model, found, probe, seed)
+        sign = -1 if self.order == "lowest" else 1
+        scores = ((name, sign * score) for name, score in self._scores(model, found, probe, seed))
         regions: dict[str, Region] = {}
         if self.scope == "per_row":
             count = self._per_row(found, limit)
             for name, score in scores:
                 regions[name] = Entries(_best_per_row(score, count, transposed=found[name].transposed))
             return Plan.of(model, regions)
-        groups = [_group(name, self.scope) for name in found]
+        groups = [group_of(name, self.scope) for name in found]
         names = list(dict.fromkeys(groups))
         sizes = [sum(_size(t) for t, g in zip(found.values(), groups, strict=True) if g == n) for n in names]
         best = {
             n: BestEntries(share) for n, share in zip(names, shares(sizes, sizes, min(limit, sum(sizes))), strict=True)
         }
         for name, score in scores:
-            best[_group(name, self.scope)].add(name, score.flatten())
+            best[group_of(name, self.scope)].add(name, score.flatten())
         for kept in best.values():
             regions |= kept.regions()
         if not regions:
@@ -136,10 +141,6 @@ class TopEntries:
                 assert probe is not None
                 ones = torch.ones((), device=weight.device)
                 yield name, probe.mean(self.score, name, sizes=ones).float().cpu()
-
-
-def _group(name: str, scope: str) -> str:
-    return {"global": "", "per_kind": kind_of(name)}.get(scope, name)
 
 
 def _size(target: Target) -> int:

@@ -7,9 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["SCOPES", "pick", "shares"]
+from ..core.errors import ThriftyError, unknown
+from ..core.plan import kind_of
+from .layers import layer_of
 
-SCOPES = ("global", "per_kind", "per_matrix")
+__all__ = ["ORDERS", "SCOPES", "check_order", "group_of", "pick", "shares"]
+
+SCOPES = ("global", "per_kind", "per_layer", "per_matrix")
+ORDERS = ("highest", "lowest")
+
+
+def check_order(order: object) -> None:
+    """ThriftyError where `order` is none of ORDERS."""
+    if order not in ORDERS:
+        raise ThriftyError(unknown("order", str(order), ORDERS))
+
+
+def group_of(name: str, scope: str) -> str:
+    """Which parameters share a part of the budget with `name` under `scope`: what they have in common. Those outside
+    the layers are one group of `per_layer`."""
+    if scope == "per_layer":
+        return str(layer_of(name))
+    return {"global": "", "per_kind": kind_of(name)}.get(scope, name)
 
 
 def pick(
@@ -17,22 +36,21 @@ def pick(
     sizes: Tensor,
     *,
     owner: Tensor,
-    kinds: Sequence[str],
+    groups: Sequence[str],
     whole: Sequence[int],
     scope: str,
     ceiling: int,
 ) -> Tensor:
     """Positions of the pieces chosen, their sizes together at most `ceiling` (ties: the earlier piece).
 
-    scores, sizes, owner: `[n]`. kinds, whole: of each owner, its kind and its full size, by which a scope divides the
-    ceiling, also where only some of its pieces are offered.
+    scores, sizes, owner: `[n]`. groups, whole: of each owner, its group (see `group_of`) and its full size, by which a
+    scope divides the ceiling, also where only some of its pieces are offered.
     """
     if scope == "global":
         return _best(scores, sizes, ceiling)
-    if scope == "per_kind":
-        names = list(dict.fromkeys(kinds))
-        owner = torch.tensor([names.index(kind) for kind in kinds])[owner]
-        whole = [sum(size for size, k in zip(whole, kinds, strict=True) if k == kind) for kind in names]
+    names = list(dict.fromkeys(groups))
+    owner = torch.tensor([names.index(group) for group in groups])[owner]
+    whole = [sum(size for size, g in zip(whole, groups, strict=True) if g == name) for name in names]
     room = torch.zeros(len(whole), dtype=torch.int64).index_add_(0, owner, sizes).tolist()
     kept, extra = [], []
     for i, share in enumerate(shares(whole, room, ceiling)):
@@ -44,7 +62,7 @@ def pick(
         return torch.cat(kept)
     left = ceiling - sum(int(sizes[k].sum()) for k in kept)
     taken = torch.cat(kept)
-    for _, _, i in sorted(extra):  # owners without a piece first, then those furthest below their share
+    for _, _, i in sorted(extra):  # groups without a piece first, then those furthest below their share
         fitting = ((owner == i) & (sizes <= left)).nonzero()[:, 0]
         fitting = fitting[~torch.isin(fitting, taken)]
         if len(fitting):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ThriftyError
-from ..core.plan import kind_of
 from .inputs import Input
-from .pick import pick
+from .pick import group_of, pick
 
 __all__ = ["Strips", "check_input_budget", "columns_of"]
 
@@ -103,7 +102,7 @@ class Strips:
                 self.scores,
                 torch.cat(widths),
                 owner=torch.repeat_interleave(torch.tensor([len(w) for w in widths])),
-                kinds=["+".join(sorted({kind_of(t.name) for t in one.matrices})) for one in self.inputs],
+                groups=["+".join(sorted({group_of(t.name, self.scope) for t in one.matrices})) for one in self.inputs],
                 whole=[one.columns for one in self.inputs],
                 scope=self.scope,
                 ceiling=columns,
