@@ -2,7 +2,7 @@
 
 A unit is `rows` rows; every statistic is a mean over units, so the same data give the same plan whatever the batch
 size. Each gradient is reduced to block sums and freed as soon as autograd has made it: beside the weights there live
-one unit's activations and one matrix's gradient. Dropout is off.
+one unit's activations, half of them recomputed in backward, and one matrix's gradient. Dropout is off.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..kernels.region_grad import block_sums
 from .attribution import ATTRIBUTIONS, attribute
 from .entry_sums import ENTRY_GRID, EntrySums
 from .inputs import Input, watch_inputs
+from .recompute import recomputed_layers
 
 __all__ = ["STATISTICS", "Loss", "Probe", "model_loss", "run_probe"]
 
@@ -181,7 +182,12 @@ def run_probe(
 
     parameters = dict(model.named_parameters())
     probe.sums = {s: {name: _zeros(parameters[name], grid) for name, grid in grids.items()} for s in wanted}
-    with _only(model, grids) as chosen, watch_inputs(model, grids) as inputs, torch.enable_grad():
+    with (
+        _only(model, grids) as chosen,
+        watch_inputs(model, grids) as inputs,
+        recomputed_layers(model),
+        torch.enable_grad(),
+    ):
         try:
             hooks = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in chosen.items()]
             for moved in _labelled(batches, rows=rows, device=device):
