@@ -26,8 +26,9 @@ def recomputed_layers(model: nn.Module) -> Iterator[list[nn.Module]]:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     asked = [layer for layer in layers if layer.gradient_checkpointing]
     chosen = asked or layers[::_EVERY]
-    config = getattr(model, "config", None)
-    configs = [c for c in (config, getattr(config, "get_text_config", lambda: None)()) if hasattr(c, "use_cache")]
+    config: Any = getattr(model, "config", None)
+    texts: Any = getattr(config, "get_text_config", lambda: None)()  # a model of several modalities has one apart
+    configs = [c for c in (config, texts) if hasattr(c, "use_cache")]
     caches = [c.use_cache for c in configs]
     before = [{key: layer.__dict__[key] for key in _OWN if key in layer.__dict__} for layer in chosen]
     try:
