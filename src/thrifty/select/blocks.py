@@ -17,7 +17,7 @@ from ..core.region import Blocks, Region
 from .inputs import Input, kept_inputs, same_inputs, strip_linears
 from .layers import Layers
 from .pick import SCOPES, check_order, group_of, pick
-from .probe import STATISTICS, Probe
+from .probe import INPUT_STATISTICS, STATISTICS, Probe, check_inputs
 from .strip_first import Strips, check_input_budget, columns_of
 from .targets import Target, targets
 
@@ -26,6 +26,7 @@ __all__ = ["AUTO_SIZES", "SCOPES", "BlockSize", "TopBlocks", "auto_block_size", 
 BlockSize = int | str | Sequence[int]
 AUTO_SIZES = (256, 128, 64, 32, 16)
 _RANDOM = "random"
+_SCORES = (*STATISTICS, *INPUT_STATISTICS)
 _log = logging.getLogger("thrifty")
 
 
@@ -74,9 +75,10 @@ class TopBlocks:
     """The blocks with the highest `score`, chosen under the budget within each `scope`.
 
     score: `abs_grad` mean |g| over units and numbers (the paper's), `signed_grad` |mean g|, `squared_grad` mean g²,
-    `weight_times_grad` mean |w g|, `random` (seeded, no probe). order: `highest`, or `lowest` for
-    the smallest scores. scope: `global`; `per_kind` (attention, MLP, others), `per_layer` (those outside the layers
-    together) or `per_matrix`, each its share of the budget by the size of its candidates.
+    `weight_times_grad` mean |w g|, `input_norm` mean norm of the input columns over all tokens, `weight_times_input`
+    mean |w| times that norm (linear layers alone, no backward), `random` (seeded, no probe). order: `highest`, or
+    `lowest` for the smallest scores. scope: `global`; `per_kind` (attention, MLP, others), `per_layer` (those outside
+    the layers together) or `per_matrix`, each its share of the budget by the size of its candidates.
 
     input_budget: None, or a share (0.1, "10%") of all distinct input columns of the target linear layers, which
     backward may keep. Then strips of an input, as wide as a block, come first, by the sum of the statistic over all
@@ -93,8 +95,8 @@ class TopBlocks:
     order: str = "highest"
 
     def __post_init__(self) -> None:
-        if self.score not in STATISTICS and self.score != _RANDOM:
-            raise ThriftyError(unknown("score", str(self.score), [*STATISTICS, _RANDOM]))
+        if self.score not in (*_SCORES, _RANDOM):
+            raise ThriftyError(unknown("score", str(self.score), [*_SCORES, _RANDOM]))
         if self.scope not in SCOPES:
             raise ThriftyError(unknown("scope", str(self.scope), SCOPES))
         check_order(self.order)
@@ -124,6 +126,8 @@ class TopBlocks:
                 f"budget {budget} ({budget.numbers(model):,} numbers) buys no block, the smallest holds {smallest:,}: "
                 f"raise budget to at least {smallest} or lower block_size"
             )
+        if self.score in INPUT_STATISTICS:
+            check_inputs(model, grids)
         if self.input_budget is not None:  # at most this many columns: some of these inputs may be the same
             alone = [Input((target,)) for _, target in strip_linears(model, grids).values()]
             check_input_budget(self._input_share, alone, grids)
@@ -138,6 +142,7 @@ class TopBlocks:
         budget = budget or Budget(fraction=0.01)
         parameters, grids = dict(model.named_parameters()), self.grids(model, budget)
         counts = {name: _block_numbers(tuple(parameters[name].shape), grid) for name, grid in grids.items()}
+        chosen = targets(model, self.target_modules, layers=self.layers)
         generator = torch.Generator().manual_seed(seed)
         scores: dict[str, Tensor] = {}
         for name, count in counts.items():
@@ -145,7 +150,7 @@ class TopBlocks:
                 scores[name] = torch.rand(count.shape, generator=generator, dtype=torch.float64)
             else:
                 assert probe is not None
-                mean = probe.mean(self.score, name, sizes=count.to(parameters[name].device)).cpu()
+                mean = self._mean(probe, chosen[name], parameters[name], grid=grids[name], count=count)
                 scores[name] = -mean if self.order == "lowest" else mean
         inputs: Sequence[Input] = () if probe is None else probe.inputs
         inside = {name: torch.ones(count.shape, dtype=torch.bool) for name, count in counts.items()}
@@ -169,6 +174,12 @@ class TopBlocks:
                 regions[name] = Blocks(grids[name], torch.stack(torch.unravel_index(here, count.shape), dim=1))
         plan = Plan.of(model, regions)
         return Plan.of(model, regions, kept_columns=kept_inputs(plan, inputs)) if inputs else plan
+
+    def _mean(self, probe: Probe, target: Target, weight: Tensor, *, grid: tuple[int, int], count: Tensor) -> Tensor:
+        """The score of each block, on the CPU; `count` numbers are in it."""
+        if self.score in INPUT_STATISTICS:
+            return probe.of_inputs(self.score, target, weight, grid=grid).cpu() / count
+        return probe.mean(self.score, target.name, sizes=count.to(weight.device)).cpu()
 
     def _inside(self, strips: Strips, *, budget: Budget, numbers: int) -> dict[str, Tensor]:
         """By parameter, the blocks inside the chosen strips; warns where they hold less than the budget."""

@@ -14,23 +14,26 @@ from ..core.entries import Entries
 from ..core.errors import ThriftyError, unknown
 from ..core.plan import Plan
 from ..core.region import Region
+from .entry_sums import ENTRY_GRID
 from .layers import Layers
 from .pick import SCOPES, check_order, group_of, shares
-from .probe import STATISTICS, Probe
+from .probe import INPUT_STATISTICS, STATISTICS, Probe, check_inputs
 from .targets import Target, targets
 
 __all__ = ["ENTRY_SCOPES", "BestEntries", "TopEntries"]
 
 ENTRY_SCOPES = (*SCOPES, "per_row")
-_FREE = ("random", "magnitude", "low_rank_magnitude")  # scores that need no gradient
+_PROBED = (*STATISTICS, *INPUT_STATISTICS)
+_FREE = ("random", "magnitude", "low_rank_magnitude")  # scores that need no probe
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopEntries:
     """The entries with the highest `score`, as many as the budget buys within each `scope`.
 
-    score: a statistic of the probe (`abs_grad`, `signed_grad`, `squared_grad`, `weight_times_grad`), `magnitude` |w|,
-    `low_rank_magnitude` (|w| of the best approximation of rank `rank`), or `random`. order:
+    score: a statistic of the probe (`abs_grad`, `signed_grad`, `squared_grad`, `weight_times_grad`; of linear layers
+    alone `input_norm`, the norm of its input column over all tokens, and `weight_times_input`, |w| times that),
+    `magnitude` |w|, `low_rank_magnitude` (|w| of the best approximation of rank `rank`), or `random`. order:
     `highest`, or `lowest` for the smallest scores. scope: `global`; `per_kind` (attention, MLP, others), `per_layer`
     (those outside the layers together) or `per_matrix`, each its share by the size of its candidates; `per_row`:
     `per_row` entries of each output (the same number everywhere; by default what the budget buys). share: of the model,
@@ -47,8 +50,8 @@ class TopEntries:
     order: str = "highest"
 
     def __post_init__(self) -> None:
-        if self.score not in (*STATISTICS, *_FREE):
-            raise ThriftyError(unknown("score", str(self.score), [*STATISTICS, *_FREE]))
+        if self.score not in (*_PROBED, *_FREE):
+            raise ThriftyError(unknown("score", str(self.score), [*_PROBED, *_FREE]))
         if self.scope not in ENTRY_SCOPES:
             raise ThriftyError(unknown("scope", str(self.scope), ENTRY_SCOPES))
         check_order(self.order)
@@ -73,6 +76,8 @@ class TopEntries:
     def check(self, model: nn.Module, budget: Budget | None) -> None:
         """ThriftyError where no target matches, or the budget buys less than one entry of each row."""
         found, limit = self._targets(model), (budget or Budget(fraction=self.share)).numbers(model)
+        if self.score in INPUT_STATISTICS:
+            check_inputs(model, found)
         if self.scope == "per_row":
             rows = sum(_rows(target) for target in found.values())
             if self._per_row(found, limit) < 1 or (self.per_row and budget and self.per_row * rows > 1.05 * limit):
@@ -137,6 +142,9 @@ class TopEntries:
                 yield name, weight.float().abs().cpu()
             elif self.score == "low_rank_magnitude":
                 yield name, _low_rank(weight.float(), self.rank, seed=seed).abs().cpu()
+            elif self.score in INPUT_STATISTICS:
+                assert probe is not None
+                yield name, probe.of_inputs(self.score, found[name], weight, grid=ENTRY_GRID).float().cpu()
             else:
                 assert probe is not None
                 ones = torch.ones((), device=weight.device)

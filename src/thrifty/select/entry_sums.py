@@ -31,13 +31,16 @@ class EntrySums:
         """Add the statistic of each number."""
         g, w = gradient.reshape(-1), weight.detach().reshape(-1)
         for start in range(0, len(g), _CHUNK):
-            values = statistic(g[start : start + _CHUNK].float(), w[start : start + _CHUNK]).float().cpu()
-            self._any = self._any or bool(values.any())
-            self._file.seek(4 * start)
-            kept = np.fromfile(self._file, dtype=np.float32, count=len(values))
-            kept += values.numpy()
-            self._file.seek(4 * start)
-            kept.tofile(self._file)
+            self.add_at(start, statistic(g[start : start + _CHUNK].float(), w[start : start + _CHUNK]).float().cpu())
+
+    def add_at(self, start: int, values: Tensor) -> None:
+        """Add float32 `values` `[n]` to the n sums from `start` on, counted in the tensor made flat."""
+        self._any = self._any or bool(values.any())
+        self._file.seek(4 * start)
+        kept = np.fromfile(self._file, dtype=np.float32, count=len(values))
+        kept += values.numpy()
+        self._file.seek(4 * start)
+        kept.tofile(self._file)
 
     def any(self) -> bool:
         """Is any number other than zero?"""
@@ -45,5 +48,11 @@ class EntrySums:
 
     def read(self) -> Tensor:
         """All sums, shaped as the tensor."""
-        self._file.seek(0)
-        return torch.from_numpy(np.fromfile(self._file, dtype=np.float32)).view(self.shape)
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The sums of rows `start` to `stop` of the first dimension: a strip at a time for who has no room for all."""
+        row = self.shape[1:].numel()
+        self._file.seek(4 * start * row)
+        found = np.fromfile(self._file, dtype=np.float32, count=(stop - start) * row)
+        return torch.from_numpy(found).view(-1, *self.shape[1:])

@@ -1,8 +1,11 @@
-"""The probe: one pass over a few batches that collects block statistics of the gradients, and changes nothing.
+"""The probe: one pass over a few batches that collects statistics of gradients and inputs, and changes nothing.
 
 A unit is `rows` rows; every statistic is a mean over units, so the same data give the same plan whatever the batch
 size. Each gradient is reduced to block sums and freed as soon as autograd has made it: beside the weights there live
 one unit's activations, half of them recomputed in backward, and one matrix's gradient. Dropout is off.
+
+Statistics of inputs (`input_norm`, `weight_times_input`, `input_covariance`) need the forward alone: without others
+beside them there is no backward.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ from ..data.units import units
 from ..kernels.region_grad import block_sums
 from .attribution import ATTRIBUTIONS, attribute
 from .entry_sums import ENTRY_GRID, EntrySums
+from .input_sums import INPUT_STATISTICS, InputSums, check_inputs
 from .inputs import Input, watch_inputs
 from .recompute import recomputed_layers
+from .sides import SIDES, SideSums, side_sums
+from .targets import Target
 
-__all__ = ["STATISTICS", "Loss", "Probe", "model_loss", "run_probe"]
+__all__ = ["INPUT_STATISTICS", "STATISTICS", "Loss", "Probe", "check_inputs", "model_loss", "run_probe"]
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
@@ -53,10 +59,15 @@ class Probe:
     for single numbers on disk. `inputs`: which linear layers among the parameters read the same input.
 
     `attributions[statistic][parameter]`: float32 `[rows with a label, outputs]`; see `attribution.attribute`.
+    `sides[parameter]`: of each parameter's type, for the statistic `SIDES`.
+    `input_squares[parameter]`, `covariances[parameter]`: of linear layers alone; see `input_sums.InputSums`.
     """
 
     sums: dict[str, dict[str, Tensor | EntrySums]] = field(default_factory=dict)
     attributions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    input_squares: dict[str, Tensor] = field(default_factory=dict)
+    covariances: dict[str, EntrySums] = field(default_factory=dict)
+    sides: dict[str, SideSums] = field(default_factory=dict)
     inputs: tuple[Input, ...] = ()
     units: int = 0
     seconds: float = 0.0
@@ -66,13 +77,23 @@ class Probe:
         finite."""
         sums = self.sums[statistic][name]
         value = (sums.read() if isinstance(sums, EntrySums) else sums) / (self.units * sizes)
-        value = value.abs()
-        if not bool(torch.isfinite(value).all()):
-            raise ThriftyError(
-                f"the probe's {statistic} of {name} is not finite: the loss overflows on this data; "
-                "try dtype float32, or look for broken rows"
-            )
-        return value
+        return _finite(value.abs(), statistic, name)
+
+    def of_inputs(self, statistic: str, target: Target, weight: Tensor, *, grid: tuple[int, int]) -> Tensor:
+        """Sum over the numbers of each block of a statistic in INPUT_STATISTICS: n or |w| n, where n is the norm over
+        all tokens, sqrt(sum x^2), of the input column that the weight w multiplies. ThriftyError if not finite."""
+        norms = self.input_squares[target.name].sqrt().to(weight.device)
+        wide = (norms[:, None] if target.transposed else norms).expand(weight.shape)
+        return _finite(_reduce(wide, weight.detach(), INPUT_STATISTICS[statistic], grid), statistic, target.name)
+
+
+def _finite(value: Tensor, statistic: str, name: str) -> Tensor:
+    if not bool(torch.isfinite(value).all()):
+        raise ThriftyError(
+            f"the probe's {statistic} of {name} is not finite: the loss overflows on this data; "
+            "try dtype float32, or look for broken rows"
+        )
+    return value
 
 
 @contextmanager
@@ -165,6 +186,9 @@ def run_probe(
         return probe
     device = next(model.parameters()).device
     hooks: list[Any] = []
+    with_sides = SIDES in wanted
+    read, wanted = InputSums(model, grids, wanted), [s for s in wanted if s in STATISTICS]
+    backward = bool(wanted) or with_sides
 
     def collect(name: str) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
@@ -176,30 +200,37 @@ def run_probe(
                         sums.add(p.grad, p, STATISTICS[statistic])
                     else:
                         sums += _reduce(p.grad, p, STATISTICS[statistic], grids[name])
+                if name in probe.sides:
+                    probe.sides[name].add(p.grad)
             p.grad = None
 
         return hook
 
     parameters = dict(model.named_parameters())
+    probe.sides = side_sums({name: parameters[name] for name in grids if with_sides})
     probe.sums = {s: {name: _zeros(parameters[name], grid) for name, grid in grids.items()} for s in wanted}
     with (
-        _only(model, grids) as chosen,
+        _only(model, grids if backward else ()) as chosen,
         watch_inputs(model, grids) as inputs,
         recomputed_layers(model),
-        torch.enable_grad(),
+        torch.set_grad_enabled(backward),
     ):
         try:
             hooks = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in chosen.items()]
             for moved in _labelled(batches, rows=rows, device=device):
-                loss(model, moved).backward()
+                with read.watch(moved):  # not in backward, where a layer may run again
+                    value = loss(model, moved)
+                if backward:
+                    value.backward()
                 probe.units += 1
         finally:
             for hook in hooks:
                 hook.remove()
-    probe.inputs = inputs()
+    probe.inputs, probe.input_squares, probe.covariances = inputs(), read.squares, read.products
     if probe.units == 0:
         raise ThriftyError(_NO_LABEL)
-    if not any(bool(sums.any()) for found in probe.sums.values() for sums in found.values()):
+    found = [sums for by_name in (*probe.sums.values(), probe.sides) for sums in by_name.values()]
+    if backward and not any(bool(sums.any()) for sums in found):
         raise ThriftyError(
             "the probe's gradients are zero everywhere: no label is predicted (the first of a row never is), "
             "or the loss does not depend on the target modules; check the data and target_modules"
