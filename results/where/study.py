@@ -127,9 +127,15 @@ class Study:
 
     def judged(self) -> list[str]:
         """What a final run is judged by; `eval.forgetting` is never what a method looked at."""
-        rows = f"data.eval=[{{path: $DATA/snips_valid.jsonl, split: '[:{EVAL_ROWS}]'}}]"
+        rows = f"data.eval=[{{path: $DATA/snips_valid.jsonl, split: '[:{self.given.eval_rows}]'}}]"
         forgetting = "eval.forgetting=$DATA/general_text_valid.txt"
-        return [rows, "eval.loss=true", f"eval.exact_match={EVAL_ROWS}", forgetting, f"max_length={MAX_LENGTH}"]
+        return [
+            rows,
+            "eval.loss=true",
+            f"eval.exact_match={self.given.eval_rows}",
+            forgetting,
+            f"max_length={MAX_LENGTH}",
+        ]
 
     def search(self, name: str) -> None:
         for rate in METHODS[name].rates:
@@ -260,10 +266,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="OMP_NUM_THREADS of the runs (all)")
     parser.add_argument("--methods", metavar="A,B", help=f"only these of {', '.join(METHODS)}")
     parser.add_argument("--retry-failed", action="store_true", help="run again what failed in an earlier sitting")
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help="of a final run, for a trial with --into (%(default)s)"
-    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a final run (%(default)s); other: use --into")
     parser.add_argument("--search-steps", type=int, default=SEARCH_STEPS, help="of a search run (%(default)s)")
+    parser.add_argument("--eval-rows", type=int, default=EVAL_ROWS, help="of a final run (%(default)s)")
     parser.add_argument("--into", type=Path, default=HERE, help="where the JSON files go (beside this script)")
     given = parser.parse_args()
     given.began = time.time()
@@ -285,7 +290,7 @@ def main() -> None:
         except (Stopped, KeyboardInterrupt) as stop:
             print(stop or "interrupted", flush=True)
             sys.exit(0 if str(stop).startswith("stopped after") else 130)
-    print("complete: every run is there", flush=True)
+    print("no run is left to make", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,10 @@ rows, AdamW, linear decay. A seed decides the order of the rows, the same for al
   `$DATA/snips_valid.jsonl`.
 - **forgetting**: how much the loss per token rises on `$DATA/general_text_valid.txt` (WikiText-2, 64 windows of
   {MAX_LENGTH} tokens), which no method looks at; LoKI and senszo take `general_text_train.txt`.
-- **s a step**: seconds of training without the probe, over the steps (a mean: what a run does once, such as choosing
-  anew, is in it). **probe**: seconds before the first step. **peak**: resident bytes of probe and training above the
-  loaded model, the highest of the seeds. All from the run's `summary.json`.
+- **s a step**: seconds of training without the probe, over the steps (a mean: what is done once during training, such
+  as choosing anew, is in it). **probe**: seconds of looking at gradients or text before the first step; choosing by it
+  (sorting, LIFT's decomposition) is in neither. **peak**: resident bytes of probe and training above the loaded model,
+  the highest of the seeds. All from the run's `summary.json`.
 - **learning rate**: of three a factor of about three apart, and a fourth where the best lay at the edge, the one with
   the lowest loss on rows 99 %-100 % of the *training* file after {SEARCH_STEPS} steps (seed 0).
 
