@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
+from ..core.errors import ThriftyError, unknown
 from ..core.method import Method, Part
 from ..core.registry import method
 from ..select.entries import TopEntries
@@ -11,6 +13,8 @@ from ..select.layers import Layers
 from ..update.in_place import InPlace
 
 __all__ = ["gps"]
+
+_LOSSES = ("task", "contrastive")
 
 
 @method(
@@ -25,17 +29,22 @@ def gps(
     per_row: int | None = None,
     target_modules: str | Sequence[str] = "all-linear",
     layers: Layers = None,
+    loss: Literal["task", "contrastive"] = "task",
 ) -> Method:
     """Train, in place, for every neuron the K incoming weights whose gradients are largest.
 
     One pass over task batches gives the gradient g; in each row of each matrix the K entries with the largest |g| are
-    trained, so that every neuron stays adjustable. K is `per_row`, or what the budget buys. Here g is that of the
-    training loss: the paper's supervised-contrastive loss serves models whose head is new, which a language model's is
-    not.
+    trained, so that every neuron stays adjustable. K is `per_row`, or what the budget buys. By default g
+    is that of the training loss. `loss: contrastive` takes the paper's instead, the supervised contrastive loss of
+    features, which needs no head: the feature is the last hidden state at the last token before the answer, rows with
+    the same answer are one class. Assumed, for the catalogue does not say: the loss L_out of Khosla et al. (2020),
+    temperature 0.1, over the rows of one unit (`probe_rows`, so raise it where there are many classes).
 
     When not to use it: where memory for kept inputs counts: entries in every row need nearly every input column.
     """
+    if loss not in _LOSSES:
+        raise ThriftyError(unknown("loss", str(loss), _LOSSES))
     select = TopEntries(
         score="signed_grad", scope="per_row", per_row=per_row, target_modules=target_modules, layers=layers
     )
-    return Method(name="gps", parts=(Part(select=select, update=InPlace()),))
+    return Method(name="gps", parts=(Part(select=select, update=InPlace()),), loss=loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
@@ -80,6 +80,7 @@ class Method:
     """How to train. `options` is what the user wrote, so that `to_dict` gives the YAML form back.
 
     general: the probe must see general text, not the task; `text` names the plain text file that a run takes it from.
+    loss: what the probe differentiates, the `task`'s own loss or the `contrastive` one of its answers.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Method:
     schedule: Schedule | None = None
     general: bool = False
     text: str | None = None
+    loss: Literal["task", "contrastive"] = "task"
 
     def to_dict(self) -> dict[str, Any]:
         """The form that `parse_method` and a run file take: `{name: {option: value}}`."""

@@ -13,6 +13,7 @@ from ..core.method import Method, Part, Selector
 from ..core.plan import Plan
 from ..core.region import Region
 from .attribution import ATTRIBUTIONS
+from .contrastive import check_pairs, contrastive_loss
 from .probe import Loss, Probe, model_loss, run_probe
 
 __all__ = ["budgets", "check", "compose"]
@@ -61,6 +62,9 @@ def compose(
 ) -> tuple[Plan, float]:
     """The plan of all parts, and the seconds that looking at gradients took."""
     check(method, model, limit)
+    if method.loss == "contrastive" and batches is not None:
+        loss, batches = contrastive_loss, list(batches)
+        check_pairs(batches, rows=rows)
     chosen = budgets(method, model, limit)
     probes, seconds = _probes(method, model, chosen, batches=batches, loss=loss, rows=rows)
     plans = [
