@@ -77,6 +77,7 @@ METHODS = {
     "senszo_mask": Row(method="senszo_mask", budget=0.02, probes=True, entries=True),
     "gps": Row(method="gps", budget=0.05, probes=True),
     "diablo": Row(method={"diablo": {"blocks": 7}}),
+    "sparsegrad": Row(method="sparsegrad", budget=0.02, probes=True),
     "bitfit": Row(method="bitfit", families=("qwen2", "gpt2")),
     "telly": Row(method={"telly": {"freeze": 1}}),
     "locft_bf": Row(method={"locft_bf": {"module": "mlp"}}),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from thrifty.core.entries import Entries
 from thrifty.core.low_rank import LowRank
 from thrifty.core.region import Blocks
+from thrifty.core.rotated import Rotated
 from thrifty.delta import Delta
 from thrifty.select.targets import targets
 from thrifty.update.linear import LinearPart
@@ -80,8 +81,10 @@ def check_merged(trained: Trained, after: Tensor) -> None:
 
 
 def expected_gradient(tuning: Tuning, name: str, dense: Tensor) -> Tensor:
-    """The dense gradient G of W, gathered; of a low-rank pair s B^T G beside (s G A^T)^T."""
+    """The dense gradient G of W, gathered; of a low-rank pair s B^T G beside (s G A^T)^T; seen in a rotated basis."""
     region, leaf = tuning.plan[name], tuning.named_leaves()[name]
+    if isinstance(region, Rotated):
+        return region.basis.rows.to(leaf.dtype).t() @ dense.to(leaf.dtype) @ region.basis.columns.to(leaf.dtype)
     if not isinstance(region, LowRank):
         return region.gather(dense).view_as(leaf)
     g_OI = dense.to(leaf.dtype)

@@ -35,6 +35,7 @@ METHODS = [
     "senszo_mask",
     "smt",
     "spafit",
+    "sparsegrad",
     "spt_sensitivity",
     "telly",
 ]

@@ -23,6 +23,7 @@ from . import (
     senszo_mask,
     smt,
     spafit,
+    sparsegrad,
     spt_sensitivity,
     telly,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "senszo_mask",
     "smt",
     "spafit",
+    "sparsegrad",
     "spt_sensitivity",
     "telly",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from .entries import Entries
 from .errors import ThriftyError, unknown
 from .low_rank import LowRank
 from .region import Blocks, Region, Whole
+from .rotated import Rotated
 
 __all__ = ["Plan", "kind_of", "plan_from_files", "plan_to_files", "region_from_files"]
 
@@ -101,7 +104,11 @@ class Plan(Mapping[str, Region]):
 
     def __str__(self) -> str:
         trained = self.trainable_parameters
-        mib = 16 * trained / 2**20
+        held = sum(  # in a rotated basis every number has its values and state, whichever are trained in a step
+            math.prod(self.shapes[name]) if isinstance(region, Rotated) else self.sizes[name]
+            for name, region in self.items()
+        )
+        mib = 16 * held / 2**20
         lines = [
             f"{trained:,} of {self.total:,} numbers trained ({100 * self.trainable_share:.3g}%) in {len(self)} tensors"
             f"; {mib:.1f} MiB for values, gradients and AdamW state"
@@ -145,8 +152,12 @@ def plan_to_files(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A JSON record and the index tensors by parameter name."""
     records: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    shared: dict[int, str] = {}  # a basis is written once, under the first that has it
     for name, region in plan.items():
         record, index = region.to_files()
+        if isinstance(region, Rotated):
+            record["basis"] = shared.setdefault(id(region.basis), name)
+            index = index if record["basis"] == name else None
         records[name] = record | {"of": list(plan.shapes[name])}
         if index is not None:
             tensors[name] = index
@@ -156,7 +167,14 @@ def plan_to_files(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def plan_from_files(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
     """The plan that `plan_to_files` wrote."""
-    regions = {name: region_from_files(entry, tensors.get(name)) for name, entry in record["regions"].items()}
+    regions: dict[str, Region] = {}
+    for name, entry in record["regions"].items():
+        holder = entry.get("basis", name)
+        region = region_from_files(entry, tensors.get(holder))
+        first = regions.get(holder)
+        if isinstance(region, Rotated) and isinstance(first, Rotated):
+            region = replace(region, basis=first.basis)
+        regions[name] = region
     shapes = {name: tuple(entry["of"]) for name, entry in record["regions"].items()}
     kept = record.get("kept_columns")
     return Plan(
@@ -185,5 +203,7 @@ def region_from_files(record: Mapping[str, Any], index: Tensor | None) -> Region
         if type(r) is not int or not isinstance(alpha, int | float):
             raise ThriftyError(f"a low-rank region needs an integer r and a number alpha, not {r!r} and {alpha!r}")
         return LowRank(r, float(alpha))
-    known = [Whole.kind, Blocks.kind, Entries.kind, LowRank.kind]
+    if kind == Rotated.kind:
+        return Rotated.from_files(dict(record), index)
+    known = [Whole.kind, Blocks.kind, Entries.kind, LowRank.kind, Rotated.kind]
     raise ThriftyError(unknown("kind of region", str(kind), known))

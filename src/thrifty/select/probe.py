@@ -229,8 +229,8 @@ def run_probe(
     probe.inputs, probe.input_squares, probe.covariances = inputs(), read.squares, read.products
     if probe.units == 0:
         raise ThriftyError(_NO_LABEL)
-    found = [sums for by_name in (*probe.sums.values(), probe.sides) for sums in by_name.values()]
-    if backward and not any(bool(sums.any()) for sums in found):
+    seen = any(bool(sums.any()) for found in probe.sums.values() for sums in found.values())
+    if backward and not seen and not any(sums.any() for sums in probe.sides.values()):
         raise ThriftyError(
             "the probe's gradients are zero everywhere: no label is predicted (the first of a row never is), "
             "or the loss does not depend on the target modules; check the data and target_modules"

@@ -22,7 +22,7 @@ class _See(torch.autograd.Function):
     def forward(ctx: Any, leaf: Tensor, weight: Tensor, part: Part) -> Tensor:
         compiling = torch.compiler.is_compiling()  # then the stamp would be a constant, compiled again at each step
         ctx.part, ctx.stamp = (None, 0) if compiling else (part, part.stamp)
-        ctx.region = part.region
+        ctx.gathers = part.gathers
         ctx.leaf_dtype, ctx.leaf_shape = leaf.dtype, leaf.shape
         return weight.detach()
 
@@ -34,7 +34,7 @@ class _See(torch.autograd.Function):
                 f"the trained values of {ctx.part.name} changed between this forward and its backward: "
                 "call backward before the optimizer's step, or run the forward again"
             )
-        return ctx.region.gather(d_weight).to(ctx.leaf_dtype).view(ctx.leaf_shape), None, None
+        return ctx.gathers.gather(d_weight).to(ctx.leaf_dtype).view(ctx.leaf_shape), None, None
 
 
 def _property(attribute: str) -> property:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..core.region import Region, Whole
+from ..core.rotated import Basis
 from ..delta import LowRankPiece, Piece, fingerprint
 from .strips import merge_pending
 
@@ -82,6 +83,11 @@ class Part:
         leaf = self.module._parameters[self.attribute if self.in_leaf else LEAF_PREFIX + self.attribute]
         assert leaf is not None
         return leaf
+
+    @property
+    def gathers(self) -> Region | Basis:
+        """Whose `gather` makes the leaf's gradient of the dense one of `W`."""
+        return self.region
 
     def moved(self) -> bool:
         """Has the offset left zero?"""

@@ -13,10 +13,12 @@ from ..core.errors import ThriftyError
 from ..core.low_rank import LowRank
 from ..core.plan import Plan
 from ..core.region import Blocks, Region
+from ..core.rotated import Rotated
 from .general import seeing_class
 from .linear import InPlaceConv1D, InPlaceLinear, LinearPart
 from .low_rank import LowRankConv1D, LowRankLinear, LowRankPart
 from .part import LEAF_PREFIX, InPlaceModule, Part
+from .rotated import RotatedPart
 
 __all__ = ["place", "take_off"]
 
@@ -70,7 +72,12 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool, seed: int = 0) 
             module._thrifty = {key: alone}  # type: ignore[assignment]
             parts[name] = alone
             continue
-        parts[name] = part = Part(module, key, name=name, region=region, keep_original=keep_originals)
+        part = (
+            RotatedPart(module, key, name=name, region=region)
+            if isinstance(region, Rotated)
+            else Part(module, key, name=name, region=region, keep_original=keep_originals)
+        )
+        parts[name] = part
         if not part.in_leaf:
             for holder, attribute in holders[name]:
                 general.setdefault(holder, {})[attribute] = part

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-__all__ = ["Listener", "listen"]
+__all__ = ["Listener", "listen", "stop_listening"]
 
 
 class Listener(Protocol):
@@ -30,6 +30,11 @@ def listen(listener: Listener) -> None:
         _hooked.append(True)
         register_optimizer_step_pre_hook(lambda optimizer, *_: _tell("before_step", optimizer))
         register_optimizer_step_post_hook(lambda optimizer, *_: _tell("after_step", optimizer))
+
+
+def stop_listening(listener: Listener) -> None:
+    """Tell `listener` no more."""
+    _LISTENERS[:] = [reference for reference in _LISTENERS if reference() is not listener]
 
 
 def _tell(when: str, optimizer: Optimizer) -> None:
