@@ -23,8 +23,12 @@ CASES: dict[str, dict[str, Any]] = {
     "lift": {"method": {"lift": {"rank": 4, "refresh": 3}}, "weight_decay": 0.1},
     "lift_bfloat16": {"method": {"lift": {"rank": 4, "refresh": 2}}, "dtype": "bfloat16"},
     "composable_sft": {"method": {"composable_sft": {"phase1": 0.6}}},
+    "smt": {"method": {"smt": {"block_size": 8, "reselect_every": 3}}, "weight_decay": 0.1},
+    "smt_bfloat16": {"method": {"smt": {"block_size": 8, "reselect_every": 2}}, "dtype": "bfloat16"},
+    "entries": {"method": {"custom": {"parts": [{"select": "entries"}], "reselect_every": 3}}},
     "greentrainer": {"method": {"greentrainer": {"period": 5}}, "budget": None, "save_steps": 1},
 }
+_CHOSEN_AGAIN = ("smt", "smt_bfloat16", "entries")  # by gradients: their plans change by and by
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -38,7 +42,9 @@ def test_resumed_equals_uninterrupted(case: str, tmp_path: Path, monkeypatch: py
             stop_in(patch, stop)
             with pytest.raises(KeyboardInterrupt):
                 train(config)
-    train(config)
+    last = train(config)
+    plan = checkpoints(tmp_path / "out")[-1].plan()
+    assert last.delta.plan.trainable_parameters > plan.trainable_parameters or case not in _CHOSEN_AGAIN
     expected, found = result(tmp_path / "whole"), result(tmp_path / "out")
     for key in expected:
         assert found[key] == expected[key], key
@@ -69,10 +75,24 @@ def _rank(rank: int, port: int, config: dict[str, Any]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_change_the_plan_as_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": {"hft": {"period": 2}}, "budget": None},
+        {"method": {"smt": {"block_size": 8, "reselect_every": 2}}, "budget": 0.1},
+    ],
+    ids=["hft", "smt"],
+)
+def test_two_processes_change_the_plan_as_one_does(method: dict[str, Any], tmp_path: Path) -> None:
     prepare(tmp_path)
-    method = {"method": {"hft": {"period": 2}}, "budget": None, "optim": "sgd", "learning_rate": 0.1}
-    changes = {**method, "max_steps": 6, "lr_scheduler_type": "constant", "logging_steps": 1}
+    changes = {
+        **method,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_steps": 6,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+    }
     train(configuration(tmp_path, **changes))
     split = configuration(tmp_path, **changes, output_dir=str(tmp_path / "two")) | {"per_device_train_batch_size": 2}
     with socket.socket() as free:

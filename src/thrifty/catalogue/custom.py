@@ -11,6 +11,7 @@ from ..core.budget import Budget
 from ..core.errors import ThriftyError, unknown
 from ..core.method import Method, Part, Selector, Update
 from ..core.registry import method
+from ..schedule.every import Every
 from ..select.blocks import TopBlocks
 from ..select.diagonal import Diagonal
 from ..select.entries import TopEntries
@@ -42,19 +43,22 @@ _KEYS = ("select", "update", "budget")
     cost="the sum of its parts",
     needs_probe=True,
 )
-def custom(*, parts: Sequence[Mapping[str, Any]]) -> Method:
+def custom(*, parts: Sequence[Mapping[str, Any]], reselect_every: int | None = None) -> Method:
     """Several parts, each a selector with what is trained there; `method: [...]` in a run file is short for it.
 
     A part is `{select: {blocks: {block_size: 64, target_modules: [q_proj]}}, budget: 0.5%}`. Selectors: blocks, rows,
     columns, entries, diagonal, tensors, weights, biases, norms; those by score take `scope: per_layer` and
-    `order: lowest` too. `update: {low_rank: {r: 8, alpha: 16}}` trains each
-    matrix that is selected whole (weights) as a low-rank pair; `in_place`, the default, what is selected itself. Parts
-    without a budget share what the others leave of the run's.
-    No tensor may be in two parts. When not to use it: where a named method says the same.
+    `order: lowest` too. `update: {low_rank: {r: 8, alpha: 16}}` trains each matrix that is selected whole (weights) as
+    a low-rank pair; `in_place`, the default, what is selected itself. Parts without a budget share what the others
+    leave of the run's. No tensor may be in two parts. `{custom: {parts: [...], reselect_every: 100}}` chooses again
+    every 100 steps, on the weights as they are then and the batches of the start; it takes no low-rank pairs.
+
+    When not to use it: where a named method says the same.
     """
     if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
         raise ThriftyError(f"parts must be a list such as [{{select: biases}}], not {parts!r}")
-    return Method(name="custom", parts=tuple(_part(i, part) for i, part in enumerate(parts, 1)))
+    schedule = None if reselect_every is None else Every(period=reselect_every, key="reselect_every")
+    return Method(name="custom", parts=tuple(_part(i, part) for i, part in enumerate(parts, 1)), schedule=schedule)
 
 
 def _part(number: int, value: Mapping[str, Any]) -> Part:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..core.method import Method, Part
 from ..core.registry import method
+from ..schedule.every import Every
 from ..select.blocks import BlockSize, TopBlocks
 from ..update.in_place import InPlace
 
@@ -26,6 +27,7 @@ def smt(
     block_size: BlockSize = "auto",
     target_modules: str | Sequence[str] = "all-linear",
     input_budget: float | str | None = None,
+    reselect_every: int | None = None,
 ) -> Method:
     """Train, in place, only the blocks of the weights whose gradients are largest.
 
@@ -37,6 +39,9 @@ def smt(
     Whole columns (one input to all outputs), some in every matrix: `{smt: {block_size: column, scope: per_matrix}}`;
     `row` is whole rows, `[64, 16]` blocks of 64 outputs by 16 inputs. `input_budget: 10%` bounds what backward keeps of
     activations: columns of inputs, shared by q, k, v and by gate, up, are chosen first, then blocks inside them.
+    `score: input_norm` with columns is the paper's second variant, input channels by the size of their activations.
+    `reselect_every: 100` (not in the paper) probes the same batches again every 100 steps: blocks that stay carry their
+    values and moments, blocks that leave keep what they learned, and the result holds all that was ever trained.
 
     When not to use it: without labelled batches to probe (take random_blocks), or where a model's weights are
     quantized.
@@ -44,4 +49,5 @@ def smt(
     select = TopBlocks(
         score=score, scope=scope, block_size=block_size, target_modules=target_modules, input_budget=input_budget
     )
-    return Method(name="smt", parts=(Part(select=select, update=InPlace()),))
+    schedule = None if reselect_every is None else Every(period=reselect_every, key="reselect_every")
+    return Method(name="smt", parts=(Part(select=select, update=InPlace()),), schedule=schedule)

@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 
 from ..core.errors import ThriftyError
-from ..select.compose import compose
 from ..update.scheduled import ScheduledTuning
 
 __all__ = ["Every", "check_period"]
@@ -21,7 +20,7 @@ def check_period(value: object, *, key: str = "period", least: int = 1) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Every:
     """Every `period` steps the selectors choose again, on the weights as they are then and with a seed of that round.
-    For selectors that look at no gradient."""
+    Those that look at gradients see the batches of the start again."""
 
     period: int
     key: str = "period"
@@ -36,4 +35,4 @@ class Every:
         if tuning.step % self.period:
             return
         seed = random.Random(f"{tuning.seed}/{tuning.step // self.period}").getrandbits(31)
-        tuning.replan(lambda model: compose(tuning.method, model, tuning.budget, batches=None, seed=seed)[0])
+        tuning.replan(lambda model: tuning.choose(model, seed=seed))

@@ -11,11 +11,13 @@ from torch import Tensor, distributed, nn
 from torch.optim.optimizer import Optimizer
 
 from ..core.budget import Budget
+from ..core.entries import Entries
 from ..core.errors import ThriftyError
 from ..core.method import Method
 from ..core.plan import Plan, plan_from_files, plan_to_files
-from ..core.region import Whole
+from ..core.region import Blocks, Whole
 from ..delta import Delta, Piece, fingerprint
+from ..select.compose import compose
 from .carry import Leaf, carry_leaf, held, leaves_of, swap
 from .part import leaf_dtype
 from .place import take_off
@@ -32,13 +34,23 @@ class ScheduledTuning(Tuning):
     Works in any loop that keeps this object: the schedule is asked around every step of the PyTorch optimizer that
     holds all of `parameters()`, and its groups are changed in place. `step`: how many steps it made. `total_steps`: how
     many it is going to make; set it where a schedule needs to know. `memory`: what the schedule keeps. `rebuild`:
-    called after each change of the leaves, to be set by who wraps the model for several processes.
+    called after each change of the leaves, to be set by who wraps the model for several processes. `look`: what the
+    selectors are given to look at gradients again (`batches`, `loss`, `rows` of `compose`).
     """
 
-    def __init__(self, model: nn.Module, method: Method, plan: Plan, *, budget: Budget | None, **given: Any) -> None:
-        super().__init__(model, method, plan, **given)
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        plan: Plan,
+        *,
+        budget: Budget | None,
+        look: Mapping[str, Any],
+        **given: Any,
+    ) -> None:
+        super().__init__(model, method, _can_change(plan, method), **given)
         assert method.schedule is not None
-        self.schedule, self.budget = method.schedule, budget
+        self.schedule, self.budget, self.look = method.schedule, budget, look
         self.step = 0
         self.total_steps: int | None = None
         self.memory: dict[str, Any] = {}
@@ -62,6 +74,10 @@ class ScheduledTuning(Tuning):
             finally:
                 self._optimizer = None
 
+    def choose(self, model: nn.Module, *, seed: int) -> Plan:
+        """What the method's selectors choose on the plain `model` as it is now; they see the same batches each time."""
+        return compose(self.method, model, self.budget, seed=seed, **self.look)[0]
+
     def replan(
         self, choose: Callable[[nn.Module], Plan], *, optimizer: Optimizer | None = None, carry: bool = True
     ) -> None:
@@ -82,7 +98,7 @@ class ScheduledTuning(Tuning):
         ever, old, plan = self._ever(), leaves_of(self._live()), self.plan
         take_off(self.model, self._parts)
         try:
-            plan = choose(self.model)
+            plan = _can_change(choose(self.model), self.method)
         finally:  # a plan that cannot be made leaves the one before in place
             self._settled = settled_under(plan, ever)
             self._place(plan)
@@ -218,3 +234,15 @@ class ScheduledTuning(Tuning):
         """After the first step with a learning rate above 0: ThriftyError where no trained value moved."""
         if not self._changed:
             super().check_changed()
+
+
+def _can_change(plan: Plan, method: Method) -> Plan:
+    """`plan`; ThriftyError where it holds what cannot be carried from one plan to the next."""
+    for name, region in plan.items():
+        if not isinstance(region, Whole | Blocks | Entries):
+            raise ThriftyError(
+                f"method {method.name!r} changes its plan while it trains, but {name} trains a {region.kind} region, "
+                "which cannot be carried from plan to plan: train blocks, entries or whole tensors there, or leave "
+                "the plan as it is"
+            )
+    return plan

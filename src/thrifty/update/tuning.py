@@ -215,6 +215,8 @@ def attach_with(
     if method.parts[0].select is None:
         return attach_peer(model, method, budget=limit, seed=seed)
     seconds = 0.0
+    if method.schedule is not None and method.needs_probe and batches is not None:
+        batches = list(batches)  # they are looked at more than once
     if plan is None:
         plan, seconds = compose(method, model, limit, batches=batches, seed=seed, loss=loss, rows=probe_rows)
     else:
@@ -222,5 +224,6 @@ def attach_with(
     if method.schedule is not None:
         from .scheduled import ScheduledTuning  # it builds on this module
 
-        return ScheduledTuning(model, method, plan, seed=seed, probe_seconds=seconds, budget=limit)
+        look = {"batches": batches, "loss": loss, "rows": probe_rows}
+        return ScheduledTuning(model, method, plan, seed=seed, probe_seconds=seconds, budget=limit, look=look)
     return Tuning(model, method, plan, seed=seed, probe_seconds=seconds)
