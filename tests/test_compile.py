@@ -67,9 +67,10 @@ MODELS: dict[str, tuple[str, Any, float | None, dict[str, Any] | None]] = {
     "conv1d_columns": ("gpt2", {"smt": {"scope": "per_matrix", "block_size": "column"}}, 0.03, CHECKPOINTED),
     "tied_head": ("gpt2", {"random_blocks": {"target_modules": ["wte"], "block_size": 8}}, 0.05, CHECKPOINTED),
     "experts": ("mixtral", {"random_blocks": {"target_modules": ["gate_up_proj"], "block_size": 16}}, 0.1, None),
+    "rotated": ("llama", "sparsegrad", None, CHECKPOINTED),
     "full": ("gpt2", "full", None, CHECKPOINTED),
 }
-GENERAL = ("tied_head", "experts")
+GENERAL = ("tied_head", "experts", "rotated")
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -34,28 +34,27 @@ class Basis:
     def __hash__(self) -> int:
         return hash((self.rows.shape, self.columns.shape))
 
-    def _on(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both factors where `tensor` is, and `tensor` itself, float32 or wider."""
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        key = tensor.device, dtype
+    def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Both where `like` is, in its dtype or float32 if that is narrower; copied there once."""
+        key = like.device, torch.promote_types(like.dtype, torch.float32)
         placed = self._placed.get(key)
         if placed is None:
             placed = self.rows.to(*key), self.columns.to(*key)
             if not torch.compiler.is_compiling():
                 self._placed[key] = placed
-        return *placed, tensor.detach().to(dtype)
+        return placed
 
     def gather(self, dense: Tensor) -> Tensor:
         """`dense` `[..., r, c]` (a gradient, a weight) seen in the basis: rows^T D columns."""
-        rows, columns, dense = self._on(dense)
+        rows, columns = self.factors(dense)
         with torch.autocast(dense.device.type, enabled=False):
-            return rows.t() @ dense @ columns
+            return rows.t() @ dense.detach().to(rows.dtype) @ columns
 
     def back(self, rotated: Tensor) -> Tensor:
         """The way back: rows R columns^T. Never in the narrow dtype of an autocast around it."""
-        rows, columns, rotated = self._on(rotated)
+        rows, columns = self.factors(rotated)
         with torch.autocast(rotated.device.type, enabled=False):
-            return rows @ rotated @ columns.t()
+            return rows @ rotated.detach().to(rows.dtype) @ columns.t()
 
 
 @dataclass(frozen=True)

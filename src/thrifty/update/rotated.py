@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,11 @@ class RotatedPart(Part):
     def arm(self) -> None:
         super().arm()
         listen(self)
+        self.region.basis.factors(self.weight)  # before code is compiled, which would see them appear
+
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super().convert(fn)
+        self.region.basis.factors(self.weight)
 
     def disarm(self) -> None:
         super().disarm()
