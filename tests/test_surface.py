@@ -11,7 +11,7 @@ import thrifty
 from thrifty.cli.main import parser
 from thrifty.run.config import DataConfig, EvalConfig, RunConfig
 
-NAMES = ["Budget", "Delta", "Method", "Plan", "attach", "methods", "train"]
+NAMES = ["Budget", "Delta", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
 METHODS = [
     "bitfit",
     "composable_sft",
@@ -54,6 +54,7 @@ KEYS = [
     "tokenizer",
     "dtype",
     "trust_remote_code",
+    "add_tokens",
     "data",
     "method",
     "budget",

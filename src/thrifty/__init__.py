@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from thrifty.core.method import Method
     from thrifty.core.plan import Plan
     from thrifty.core.registry import records as methods
-    from thrifty.delta import Delta
+    from thrifty.delta import Delta, add_tokens
     from thrifty.run.train import train
     from thrifty.update.tuning import attach
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Delta", "Method", "Plan", "attach", "methods", "train"]
+__all__ = ["Budget", "Delta", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
 
 # Loaded on first use, so that `import thrifty` and `thrifty --help` load neither torch nor transformers.
 _HOMES = {
@@ -23,6 +23,7 @@ _HOMES = {
     "Delta": ("thrifty.delta", "Delta"),
     "Method": ("thrifty.core.method", "Method"),
     "Plan": ("thrifty.core.plan", "Plan"),
+    "add_tokens": ("thrifty.delta", "add_tokens"),
     "attach": ("thrifty.update.tuning", "attach"),
     "methods": ("thrifty.core.registry", "records"),
     "train": ("thrifty.run.train", "train"),

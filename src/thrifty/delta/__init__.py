@@ -3,5 +3,6 @@
 from .delta import Delta, Piece
 from .digest import fingerprint
 from .low_rank import LowRankPiece
+from .vocabulary import NewTokens, add_tokens
 
-__all__ = ["Delta", "LowRankPiece", "Piece", "fingerprint"]
+__all__ = ["Delta", "LowRankPiece", "NewTokens", "Piece", "add_tokens", "fingerprint"]

@@ -2,7 +2,8 @@
 
 For each touched tensor: the region, its values after and before in the tensor's own dtype, and the fingerprint of the
 base tensor; of a low-rank pair the factors (`low_rank.py`). Applying writes the values, removing writes the originals:
-both exact, bit for bit.
+both exact, bit for bit. Where tokens were added to the vocabulary, `delta.json` names them: applying adds their rows
+first, removing takes them away last.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..core.plan import Plan, region_from_files
 from ..core.region import Region
 from .digest import fingerprint
 from .low_rank import LowRankPiece
+from .vocabulary import NewTokens, vocabulary_tensors
 
 __all__ = ["FORMAT", "Delta", "Piece"]
 
@@ -79,6 +81,7 @@ class Delta:
     method: Mapping[str, Any]
     total: int  # distinct parameters of the base
     info: dict[str, Any] = field(default_factory=dict)
+    new_tokens: NewTokens | None = None  # added to the base's vocabulary; `new_tokens.extend` teaches a tokenizer
 
     @property
     def plan(self) -> Plan:
@@ -109,6 +112,27 @@ class Delta:
     def apply(self, model: nn.Module) -> nn.Module:
         """Write the trained values into `model`, which must be the exact base; ThriftyError names the first tensor that
         differs, and nothing is written. Returns `model`."""
+        grew = self._grow(model)
+        try:
+            return self._apply(model)
+        except ThriftyError:
+            if grew and self.new_tokens is not None:
+                self.new_tokens.shrink(model)
+            raise
+
+    def _grow(self, model: nn.Module) -> bool:
+        """Give a base the rows of new tokens, with the values that they had before training; False where it has
+        them."""
+        _parameters(model)  # nothing grows while it is attached
+        if self.new_tokens is None or not self.new_tokens.grow(model):
+            return False
+        for name, tensor in vocabulary_tensors(model).items():
+            piece = self.pieces.get(name)
+            if isinstance(piece, Piece) and piece.shape == tuple(tensor.shape):
+                tensor.data[self.new_tokens.base_rows :] = piece.base_of(tensor)[self.new_tokens.base_rows :]
+        return True
+
+    def _apply(self, model: nn.Module) -> nn.Module:
         tensors = self._fits(model)
         for name, piece in self.pieces.items():
             if fingerprint(tensors[name]) != piece.fingerprint:
@@ -122,6 +146,9 @@ class Delta:
     def remove(self, model: nn.Module) -> nn.Module:
         """Write the original values back; afterwards `model` is the base bit for bit, else ThriftyError and no
         change."""
+        _parameters(model)
+        if self.new_tokens is not None and self.new_tokens.lacking(model):
+            raise ThriftyError("the model lacks the delta's new tokens: it is not applied, there is nothing to remove")
         tensors = self._fits(model)
         first = next(iter(self.pieces), None)
         if first and all(fingerprint(tensors[name]) == piece.fingerprint for name, piece in self.pieces.items()):
@@ -131,6 +158,8 @@ class Delta:
                 raise ThriftyError(f"{name} differs from the base of this delta outside its region: another base")
         for name, piece in self.pieces.items():
             tensors[name].data.copy_(piece.base_of(tensors[name]))
+        if self.new_tokens is not None:
+            self.new_tokens.shrink(model)
         return model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -154,6 +183,8 @@ class Delta:
             "tensors": records,
             "info": self.info,
         }
+        if self.new_tokens is not None:
+            head["new_tokens"] = self.new_tokens.to_dict()
         with new_folder(Path(folder)) as aside:
             save_file(tensors, aside / _TENSORS)
             (aside / _JSON).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
@@ -173,7 +204,10 @@ class Delta:
             raise ThriftyError(f"{file} is damaged or incomplete ({error}): make or copy the delta again") from None
         try:
             pieces = {name: _piece(name, record, tensors) for name, record in head["tensors"].items()}
-            return Delta(pieces, method=head["method"], total=int(head["total"]), info=head.get("info", {}))
+            new = None if head.get("new_tokens") is None else NewTokens.from_dict(head["new_tokens"])
+            return Delta(
+                pieces, method=head["method"], total=int(head["total"]), info=head.get("info", {}), new_tokens=new
+            )
         except ThriftyError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:

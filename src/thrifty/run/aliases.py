@@ -33,6 +33,8 @@ _BY_OURS = {
     "eval.max_new_tokens": "max_new_tokens",
     "budget": "trainable_share trainable_fraction sparsity density num_trainable_parameters",
     "probe_rows": "probe_batch_size",
+    "add_tokens": "new_tokens added_tokens extra_tokens additional_tokens add_special_tokens additional_special_tokens "
+    "special_tokens",
     "packing": "sample_packing pack_dataset neat_packing pack_sequences packed use_packing",
 }
 _ADVICE = {

@@ -10,10 +10,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from thrifty.core.errors import ThriftyError
 from thrifty.data import chat_prompt, stop_ids
-from thrifty.delta import Delta
 
 from .folder import Place
-from .model import load_model, load_tokenizer
+from .model import apply_delta, load_model, load_tokenizer
 
 __all__ = ["answer", "chat"]
 
@@ -29,7 +28,7 @@ def chat(place: Place, *, system: str | None = None) -> None:
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     if place.delta is not None:
-        model = Delta.load(place.delta).apply(model)
+        model = apply_delta(place.delta, model=model, tokenizer=tokenizer)
     model.eval()
     first = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, Any]] = []

@@ -55,6 +55,7 @@ class RunConfig:
     tokenizer: str | None = None  # None: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
+    add_tokens: list[str] | None = None  # new in the tokenizer; their rows are trained beside the method's part
     data: DataConfig = field(default_factory=DataConfig)
     method: str | dict[str, Any] = "smt"
     budget: Budget | None = None
@@ -161,6 +162,13 @@ class _Reader:
         found["method"], method = self.method()
         if self.values.get("budget") is not None:
             found["budget"] = self.budget()
+        if found.get("add_tokens") is not None:
+            from .new_tokens import check_tokens  # it loads torch
+
+            try:
+                check_tokens(found["add_tokens"], method)
+            except ThriftyError as error:
+                raise self.fail("add_tokens", str(error)) from None
         self.required(found, needs_training_data=needs_training_data)
         if not found["data"].eval and training.get("eval_strategy", "no") != "no":
             raise self.fail("eval_strategy", "eval_strategy needs data.eval: rows to evaluate on")

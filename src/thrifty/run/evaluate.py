@@ -15,12 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from thrifty.core.errors import ThriftyError
 from thrifty.core.files import write_text
 from thrifty.data import Example, answer, check_vocabulary, encode_all, load
-from thrifty.delta import Delta
 from thrifty.objective.heads import unwrapped
 
 from .config import EvalConfig, RunConfig
 from .evaluation import Answered, answer_all, choose, evaluating, file_loss, mean_loss, option_lists, questions
-from .model import load_model, load_tokenizer
+from .model import apply_delta, load_model, load_tokenizer
 
 __all__ = ["evaluate", "run_eval"]
 
@@ -104,5 +103,5 @@ def run_eval(model: str, *, delta: str | None, config: RunConfig) -> dict[str, f
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     loaded: nn.Module = load_model(model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=device)
     if delta is not None:
-        loaded = Delta.load(delta).apply(loaded)
+        loaded = apply_delta(delta, model=loaded, tokenizer=tokenizer)
     return evaluate(loaded, tokenizer, examples, config.eval, max_length=config.max_length)

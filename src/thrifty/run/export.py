@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from thrifty.core.errors import ThriftyError
 from thrifty.core.files import disk_errors, new_folder
 from thrifty.data import chat_template
-from thrifty.delta import Delta
 
 from .embedded import no_progress_bars
 from .folder import locate
-from .model import load_model, load_tokenizer, resolve
+from .model import apply_delta, load_model, load_tokenizer, resolve
 
 __all__ = ["export"]
 
@@ -40,11 +39,11 @@ def export(source: str, *, output: str, base: str | None = None, dtype: str | No
     target = Path(output)
     _refuse_used(target, base=config.model)
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-    model = Delta.load(place.delta).apply(model)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    model = apply_delta(place.delta, model=model, tokenizer=tokenizer)
     if dtype is not None:
         for parameter in model.parameters():  # not `model.to`: it would round rotary tables, which loading keeps exact
             parameter.data = parameter.data.to(getattr(torch, dtype))
-    tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     if not tokenizer.chat_template:
         tokenizer.chat_template = chat_template(tokenizer)  # the form in which conversations were trained
     expected = _logits(model)

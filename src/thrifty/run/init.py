@@ -18,6 +18,7 @@ model: {model}           # smollm2-135m (embedded), a folder, or a hub id of a c
 tokenizer: null          # null: the model's own; otherwise what `model` takes
 dtype: float32           # what the weights are held in: float32, bfloat16 or float16
 trust_remote_code: false # true runs Python code that comes with the model
+add_tokens: null         # new tokens, such as ['<tool>']: their rows are trained too, on top of the budget
 
 data:                    # .jsonl, .json, .csv, .parquet, .txt, or a hub id
   train: {train}         # a path, or a list of {{path: ..., split: ..., weight: ..., columns: ...}}

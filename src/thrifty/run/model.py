@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from thrifty.core.errors import ThriftyError, nearest, unknown
+from thrifty.delta import Delta
 
 from .embedded import EMBEDDED, embedded_folder, no_progress_bars
 
-__all__ = ["load_model", "load_tokenizer", "resolve"]
+__all__ = ["apply_delta", "load_model", "load_tokenizer", "resolve"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -107,6 +108,16 @@ def load_tokenizer(spec: str | Path, *, trust_remote_code: bool = False) -> PreT
             "set pad_token in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def apply_delta(folder: str | Path, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Put the delta in `folder` on its base `model`, and teach `tokenizer` the tokens that were added to it."""
+    delta = Delta.load(folder)
+    if delta.new_tokens is not None:
+        delta.new_tokens.extend(tokenizer)
+    applied = delta.apply(model)
+    assert isinstance(applied, PreTrainedModel)
+    return applied
 
 
 def _check_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .trainer import ThriftyTrainer
 
-__all__ = ["data_fingerprint", "make_summary", "model_fingerprint", "print_result", "versions"]
+__all__ = ["data_fingerprint", "describe_data", "make_summary", "model_fingerprint", "print_result", "versions"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "peft")
 
@@ -51,6 +51,18 @@ def data_fingerprint(rows: Iterable[Mapping[str, Sequence[int]]]) -> str:
         for name in ("input_ids", "labels"):
             digest.update(np.asarray([len(row[name]), *row[name]], dtype="<i8").tobytes())
     return digest.hexdigest()
+
+
+def describe_data(report: DataReport, *, max_length: int) -> str:
+    """What was read, in one line."""
+    text = (
+        f"data: {report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens / report.tokens:.0%} trained"
+    )
+    if report.truncated_rows:
+        text += f"; {report.truncated_rows:,} rows cut at max_length={max_length}"
+    if report.rows_without_labels:
+        text += f"; {report.rows_without_labels:,} rows have no answer left"
+    return text
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -17,7 +17,8 @@ from thrifty.core.errors import ThriftyError
 from thrifty.core.files import disk_errors, remove_leftovers, write_json, write_text
 from thrifty.core.method import parse_method
 from thrifty.data import DataReport, Example, PackedRows, check_vocabulary, collate, encode_all, load, pack
-from thrifty.delta import Delta
+from thrifty.delta import Delta, NewTokens
+from thrifty.delta.vocabulary import extend
 from thrifty.objective.isolation import check_packing
 from thrifty.objective.next_token import install, loss_of, uninstall
 from thrifty.objective.proof import prepare
@@ -34,9 +35,10 @@ from .evaluate import evaluate
 from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
 from .model import load_model, load_tokenizer
+from .new_tokens import grow, save_tokenizer
 from .order import RowOrder, row_order
 from .probe_batches import check_text, general_rows, probe_batches
-from .summary import data_fingerprint, make_summary, model_fingerprint, print_result
+from .summary import data_fingerprint, describe_data, make_summary, model_fingerprint, print_result
 from .trainer import Row, ThriftyTrainer
 
 __all__ = ["Run", "run_training", "train"]
@@ -89,9 +91,11 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
         refuse_changes(checkpoint, config=config.to_dict(), fingerprints={})
 
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    ids = extend(tokenizer, config.add_tokens) if config.add_tokens else {}
     rows = _load_rows(config, tokenizer)
-    console.print(_describe(rows.report, max_length=config.max_length), highlight=False, soft_wrap=True)
+    console.print(describe_data(rows.report, max_length=config.max_length), highlight=False, soft_wrap=True)
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device)
+    new_tokens = grow(model, ids, console=console)
     _check_fits(config, model, rows)
     record = _record(config, model, rows)
     if checkpoint is not None:
@@ -105,13 +109,23 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
         measure(model, config=_first_row(config.eval))
 
     tuning, trainer = _train(
-        config, args, model=model, rows=rows, tokenizer=tokenizer, record=record, checkpoint=checkpoint, console=console
+        config,
+        args,
+        model=model,
+        rows=rows,
+        tokenizer=tokenizer,
+        new_tokens=new_tokens,
+        record=record,
+        checkpoint=checkpoint,
+        console=console,
     )
     with no_progress_bars():  # whole tensors are read from the base once more
         delta = tuning.delta()
     if args.should_save:
         with disk_errors(str(output / "delta"), fix=_GO_ON):
             delta.save(output / "delta")
+            if new_tokens is not None:
+                save_tokenizer(tokenizer, output / "tokenizer")
     model = _finish(tuning, trainer)
     answers = output / "answers.jsonl" if args.should_save else None
     with disk_errors(str(answers), fix=_GO_ON):
@@ -147,17 +161,6 @@ def _check_fits(config: RunConfig, model: PreTrainedModel, rows: _Rows) -> None:
         )
 
 
-def _describe(report: DataReport, *, max_length: int) -> str:
-    text = (
-        f"data: {report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens / report.tokens:.0%} trained"
-    )
-    if report.truncated_rows:
-        text += f"; {report.truncated_rows:,} rows cut at max_length={max_length}"
-    if report.rows_without_labels:
-        text += f"; {report.rows_without_labels:,} rows have no answer left"
-    return text
-
-
 def _first_row(config: EvalConfig) -> EvalConfig:
     """One answer and one choice: what cannot be measured fails before training, not after it."""
     if config.forgetting is not None and not Path(config.forgetting).is_file():
@@ -181,16 +184,15 @@ def _train(
     model: PreTrainedModel,
     rows: _Rows,
     tokenizer: PreTrainedTokenizerBase,
+    new_tokens: NewTokens | None,
     record: dict[str, Any],
     checkpoint: Checkpoint | None,
     console: Console,
 ) -> tuple[Tuning | PeerTuning, ThriftyTrainer]:
     """Attach, train to the end, and leave the values that are the run's result."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    collator = partial(collate, pad_token_id=pad)
+    collator = partial(collate, pad_token_id=tokenizer.pad_token_id)  # which `load_tokenizer` sees to
     seed = args.data_seed if args.data_seed is not None else args.seed
     first = row_order(len(rows.train), seed=seed, epoch=0)
-
     meter = MemoryMeter(model)
     display = Display(console=console)
     set_seed(args.seed)
@@ -206,6 +208,7 @@ def _train(
             loss=loss_of,
             plan=None if checkpoint is None else checkpoint.plan(),
             probe_rows=config.probe_rows,
+            new_tokens=new_tokens,
         )
         console.print(f"{tuning.method.name}: {tuning.plan}", highlight=False, markup=False, soft_wrap=True)
         if config.packing and tuning.model is not model:

@@ -20,7 +20,13 @@ from ..core.region import Whole
 from ..delta import fingerprint
 from ..delta.peer import PeerDelta, merge
 
-__all__ = ["PeerTuning", "PeftAdapter", "attach_peer"]
+__all__ = ["NO_NEW_TOKENS", "PeerTuning", "PeftAdapter", "attach_peer"]
+
+NO_NEW_TOKENS = (
+    "tokens cannot be added beside a PEFT method, whose adapter holds no rows of the embedding: "
+    "take one of thrifty's own methods, such as smt, or leave the tokens out"
+)
+"""Why a peer refuses new tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from ..core.plan import Plan, plan_from_files, plan_to_files
 from ..core.region import Blocks, Whole
 from ..delta import Delta, Piece, fingerprint
 from ..select.compose import compose
+from ..select.token_rows import with_token_rows
 from .carry import Leaf, carry_leaf, held, leaves_of, swap
 from .part import leaf_dtype
 from .place import take_off
@@ -98,7 +99,7 @@ class ScheduledTuning(Tuning):
         ever, old, plan = self._ever(), leaves_of(self._live()), self.plan
         take_off(self.model, self._parts)
         try:
-            plan = _can_change(choose(self.model), self.method)
+            plan = with_token_rows(self.model, _can_change(choose(self.model), self.method), self.new_tokens)
         finally:  # a plan that cannot be made leaves the one before in place
             self._settled = settled_under(plan, ever)
             self._place(plan)
@@ -193,7 +194,7 @@ class ScheduledTuning(Tuning):
                 original=was.region.gather(base).cpu(),
                 fingerprint=fingerprint(base),
             )
-        return Delta(pieces, method=self.method.to_dict(), total=self.plan.total)
+        return Delta(pieces, method=self.method.to_dict(), total=self.plan.total, new_tokens=self.new_tokens)
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint holds beside `plan` and `state()`: nested dicts of numbers and tensors."""

@@ -40,6 +40,8 @@ def ever_trained(parts: Mapping[str, Part], settled: Mapping[str, Trained]) -> d
         if before is None or part.original is None:
             found[name] = here
             continue
+        if before.original is None:  # all of the tensor, which holds the part's numbers
+            continue
         region = union(before.region, part.region, part.weight.shape)
         found[name] = Trained(region, region.gather(base_of(base_of(part.weight, before), here)))
     return found

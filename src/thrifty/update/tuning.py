@@ -14,13 +14,14 @@ from ..core.budget import Budget
 from ..core.errors import ThriftyError
 from ..core.method import Method, parse_method
 from ..core.plan import Plan
-from ..delta import Delta
+from ..delta import Delta, NewTokens
 from ..select.compose import compose
 from ..select.probe import Loss, model_loss
+from ..select.token_rows import with_token_rows
 from .base import base_tensors, can_read_base
 from .early_stop import allow_early_stop, as_before
 from .part import Part
-from .peer import PeerTuning, attach_peer
+from .peer import NO_NEW_TOKENS, PeerTuning, attach_peer
 from .place import place, take_off
 
 __all__ = ["Tuning", "attach", "attach_with", "mark"]
@@ -34,9 +35,19 @@ _KEEP_SHARE = (
 class Tuning:
     """A model with trainable parts in place. `model` is the object that was attached, `plan` says what is trained."""
 
-    def __init__(self, model: nn.Module, method: Method, plan: Plan, *, seed: int, probe_seconds: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        plan: Plan,
+        *,
+        seed: int,
+        probe_seconds: float,
+        new_tokens: NewTokens | None = None,
+    ) -> None:
         self.model, self.method, self.plan, self.seed = model, method, plan, seed
-        self.probe_seconds = probe_seconds
+        self.probe_seconds, self.new_tokens = probe_seconds, new_tokens
+        self._new_rows = {} if new_tokens is None else new_tokens.grown_rows(model)  # which no folder holds
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         self._marks: dict[str, Tensor] = {}
         self._parts: dict[str, Part] = {}
@@ -102,7 +113,10 @@ class Tuning:
         read: dict[str, Tensor] = base_tensors(self.model, names) if names else {}
         weights = dict(self.model.named_parameters())
         for name, values in read.items():
-            read[name] = values = values.to(weights[name].device)
+            values = values.to(weights[name].device)
+            if name in self._new_rows:
+                values = torch.cat([values, self._new_rows[name].to(values.device)])
+            read[name] = values
             if not torch.equal(mark(values), self._marks[name]):
                 raise ThriftyError(
                     f"{name} is not what it was when training began: the weights were changed after loading, or "
@@ -114,7 +128,7 @@ class Tuning:
         """What changed so far, exact: the region's values before and after."""
         originals = self._originals()
         pieces = {name: part.piece(originals[name]) for name, part in self._live().items()}
-        return Delta(pieces, method=self.method.to_dict(), total=self.plan.total)
+        return Delta(pieces, method=self.method.to_dict(), total=self.plan.total, new_tokens=self.new_tokens)
 
     def finish(self) -> nn.Module:
         """Plain modules with the trained weights, `requires_grad` as before: the model object that was attached."""
@@ -186,14 +200,17 @@ def attach(
     budget: Budget | float | int | str | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
     seed: int = 0,
+    new_tokens: NewTokens | None = None,
 ) -> Tuning | PeerTuning:
     """Make `model` trainable by `method` ("smt", `{"smt": {"block_size": 32}}`, or a Method), in place.
 
     budget: a ceiling on trained numbers: a share of the model's distinct parameters (0.01, "1%") or a count.
     batches: dicts with `input_ids`, `attention_mask`, `labels` (int64 `[B, T]`), for methods that look at gradients
-    first. Changes nothing if it raises (ThriftyError). For `{"peft": {...}}` train `tuning.model`, PEFT's wrapper.
+    first. new_tokens: what `thrifty.add_tokens(model, tokenizer, ["<tool>"])` returned: their rows of the embedding
+    (and of an untied head) are trained beside what the method trains, on top of the budget, and the delta holds them.
+    Changes nothing if it raises (ThriftyError). For `{"peft": {...}}` train `tuning.model`, PEFT's wrapper.
     """
-    return attach_with(model, method, budget=budget, batches=batches, seed=seed)
+    return attach_with(model, method, budget=budget, batches=batches, seed=seed, new_tokens=new_tokens)
 
 
 def attach_with(
@@ -206,6 +223,7 @@ def attach_with(
     loss: Loss = model_loss,
     plan: Plan | None = None,
     probe_rows: int = 4,
+    new_tokens: NewTokens | None = None,
 ) -> Tuning | PeerTuning:
     """`attach` with the loss of a run, or with a `plan` to restore (then nothing is probed)."""
     method = parse_method(method)
@@ -213,6 +231,8 @@ def attach_with(
     if any(hasattr(module, "_thrifty") for module in model.modules()):
         raise ThriftyError("this model is attached already: call finish() on its tuning first")
     if method.parts[0].select is None:
+        if new_tokens is not None:
+            raise ThriftyError(NO_NEW_TOKENS)
         return attach_peer(model, method, budget=limit, seed=seed)
     seconds = 0.0
     if method.schedule is not None and method.needs_probe and batches is not None:
@@ -221,9 +241,18 @@ def attach_with(
         plan, seconds = compose(method, model, limit, batches=batches, seed=seed, loss=loss, rows=probe_rows)
     else:
         plan = Plan.of(model, plan, kept_columns=plan.kept_columns)
+    plan = with_token_rows(model, plan, new_tokens)
     if method.schedule is not None:
         from .scheduled import ScheduledTuning  # it builds on this module
 
-        look = {"batches": batches, "loss": loss, "rows": probe_rows}
-        return ScheduledTuning(model, method, plan, seed=seed, probe_seconds=seconds, budget=limit, look=look)
-    return Tuning(model, method, plan, seed=seed, probe_seconds=seconds)
+        return ScheduledTuning(
+            model,
+            method,
+            plan,
+            seed=seed,
+            probe_seconds=seconds,
+            budget=limit,
+            look={"batches": batches, "loss": loss, "rows": probe_rows},
+            new_tokens=new_tokens,
+        )
+    return Tuning(model, method, plan, seed=seed, probe_seconds=seconds, new_tokens=new_tokens)
