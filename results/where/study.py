@@ -84,7 +84,7 @@ METHODS: dict[str, Entry] = {
     ),
     "random_rows": Entry(method="random_rows", rates=_SPREAD),
     "random_columns": Entry(method="random_columns", rates=_SPREAD),
-    "sparsegrad": Entry(method="sparsegrad"),
+    "sparsegrad": Entry(method="sparsegrad", rates=_WIDE, note="1 % of a step's gradient; the result is dense"),
     "lora_r16": Entry(
         method="{peft: {peft_type: LORA, r: 16, lora_alpha: 32}}", budget=False, note="PEFT's, on all linear layers"
     ),
