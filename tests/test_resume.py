@@ -142,7 +142,7 @@ def test_an_earlier_checkpoint_drops_what_came_after_it(tmp_path: Path) -> None:
         ({"method": "random_blocks"}, "method"),
         ({"seed": 8}, "seed was 7"),
         ({"weight_decay": 0.5}, "weight_decay was 0.0"),
-        ({"per_device_train_batch_size": 2}, "gradient_accumulation_steps was 4 * 1"),
+        ({"per_device_train_batch_size": 2}, "gradient_accumulation_steps * processes was 4 * 1 * 1"),
         ({"max_length": 40}, "max_length"),
         ({"data": {"train": "other.jsonl"}}, "data.train"),
     ],

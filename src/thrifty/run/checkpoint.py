@@ -6,7 +6,7 @@ checkpoint-120/
     plan.json, plan.safetensors     what is trained
     schedule.{json,safetensors}     of a method whose plan changes: its step, what it keeps, what it trained before
     scheduler.json, random.{json,safetensors}, trainer_state.json
-    record.json                     the run: configuration, fingerprints, clock, evaluation before training
+    record.json                     the run: configuration, processes, fingerprints, clock, evaluation before training
     complete.json                   written last: the size of every file above
 """
 
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,10 +40,12 @@ __all__ = [
     "refuse_changes",
     "remove_later",
     "remove_old",
+    "warn_of_processes",
     "write_checkpoint",
 ]
 
 MARKER = "complete.json"
+_log = logging.getLogger("thrifty")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 # What a resumed run may set anew: it changes how long the run goes on and what is reported, not the steps themselves.
@@ -205,17 +209,24 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield f"{prefix}{key}", item
 
 
-def refuse_changes(checkpoint: Checkpoint, *, config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
-    """ThriftyError naming the first key that changed since `checkpoint` and would make the resumed run another one."""
+def refuse_changes(
+    checkpoint: Checkpoint, *, config: Mapping[str, Any], fingerprints: Mapping[str, str], processes: int
+) -> None:
+    """ThriftyError naming the first key that changed since `checkpoint` and would make the resumed run another one.
+
+    `processes`: how many train now. Another number is one of these changes where the rows of a step change with it."""
     record = checkpoint.record()
+    worked = record.get("processes", processes)
     stock = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
     saved, current = dict(_flat(record["config"])), dict(_flat(config))
     batches = [[side.pop(key, stock[key]) for key in _BATCH] for side in (saved, current)]
     start_over = "set it back, or give another output_dir to start anew"
-    if batches[0][0] * batches[0][1] != batches[1][0] * batches[1][1]:
+    counts = [(*batches[0], worked), (*batches[1], processes)]
+    if math.prod(counts[0]) != math.prod(counts[1]):
+        was, now = (" * ".join(map(str, of)) for of in counts)
         raise ThriftyError(
-            f"{' * '.join(_BATCH)} was {batches[0][0]} * {batches[0][1]} in {checkpoint.folder} and is "
-            f"{batches[1][0]} * {batches[1][1]}: the rows of a step would change; {start_over}"
+            f"{' * '.join(_BATCH)} * processes was {was} in {checkpoint.folder} and is {now}: "
+            f"the rows of a step would change; {start_over}"
         )
     for key in [*saved, *(key for key in current if key not in saved)]:
         before, now = (side.get(key, stock.get(key)) for side in (saved, current))
@@ -224,3 +235,16 @@ def refuse_changes(checkpoint: Checkpoint, *, config: Mapping[str, Any], fingerp
     for key, now in fingerprints.items():
         if record["fingerprints"].get(key) != now:
             raise ThriftyError(f"{key}: its content is not what {checkpoint.folder} was trained with; {start_over}")
+
+
+def warn_of_processes(checkpoint: Checkpoint, *, processes: int) -> None:
+    """Say so where `checkpoint` was trained by another number of processes than go on from it."""
+    worked = checkpoint.record().get("processes", processes)
+    if worked != processes:
+        _log.warning(
+            "processes: %s was trained by %d and goes on with %d: each step has the same rows, but dropout and "
+            "rounding differ, so the result is not to the bit that of an uninterrupted run",
+            checkpoint.folder,
+            worked,
+            processes,
+        )

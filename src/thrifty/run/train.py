@@ -27,7 +27,7 @@ from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning, attach_with
 
 from .arguments import keeps_best, training_arguments, with_defaults
-from .checkpoint import Checkpoint, claim, find_checkpoint, refuse_changes, remove_later
+from .checkpoint import Checkpoint, claim, find_checkpoint, refuse_changes, remove_later, warn_of_processes
 from .config import EvalConfig, RunConfig, load_config
 from .display import Display
 from .embedded import no_progress_bars
@@ -88,7 +88,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir=output)
     claim(output, resume=checkpoint)
     if checkpoint is not None:
-        refuse_changes(checkpoint, config=config.to_dict(), fingerprints={})
+        refuse_changes(checkpoint, config=config.to_dict(), fingerprints={}, processes=args.world_size)
 
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     ids = extend(tokenizer, config.add_tokens) if config.add_tokens else {}
@@ -97,9 +97,11 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device)
     new_tokens = grow(model, ids, console=console)
     _check_fits(config, model, rows)
-    record = _record(config, model, rows)
+    record = _record(config, model, rows) | {"processes": args.world_size}
     if checkpoint is not None:
-        refuse_changes(checkpoint, config=config.to_dict(), fingerprints=record["fingerprints"])
+        fingerprints, processes = record["fingerprints"], record["processes"]
+        refuse_changes(checkpoint, config=config.to_dict(), fingerprints=fingerprints, processes=processes)
+        warn_of_processes(checkpoint, processes=processes)
         record |= {key: checkpoint.record()[key] for key in ("before", "probe_seconds", "peak_memory_bytes", "slots")}
         console.print(f"resuming at step {checkpoint.step} from {checkpoint.folder}", highlight=False, soft_wrap=True)
     measure = partial(evaluate, tokenizer=tokenizer, examples=rows.examples, max_length=config.max_length)
