@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,19 @@ def test_plan_files_hold_each_basis_once(tmp_path: Path) -> None:
         damaged = {**record, "regions": {name: record["regions"][name] | broken}}
         with pytest.raises(ThriftyError):
             plan_from_files(damaged, tensors)
+
+
+def test_a_saved_plan_needs_no_probe(tmp_path: Path) -> None:
+    tuning = attached("llama")
+    record, tensors = plan_to_files(tuning.plan)
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    save_file(tensors, tmp_path / "plan.safetensors")
+    again = attach(build("llama"), {"saved": {"plan": str(tmp_path)}})
+    assert isinstance(again, Tuning)
+    assert dict(again.plan) == dict(tuning.plan)
+    for made in (tuning, again):
+        step(made, torch.optim.AdamW(made.parameters(), lr=1e-2))
+    assert all(torch.equal(leaf, again.named_leaves()[name]) for name, leaf in tuning.named_leaves().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

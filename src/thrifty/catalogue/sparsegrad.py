@@ -33,11 +33,12 @@ def sparsegrad(
     eigenvectors of the sum of G G^T, and U^T, those of the sum of G^T G. In their basis W' = V^T W U^T, and each step
     gives the optimizer the k largest |V^T G U^T| of each matrix and zeros. k is `share` of the matrix, or what the
     budget buys. The paper computes ((x U^T) W'^T) V^T; here W = V W' U is written after each step, which is the same
-    model, and dense nowhere else. Two differences under AdamW: the moments of numbers that a step leaves out decay and
-    still move them, where the released SparseAdam rests; gradients are clipped before they are cut.
+    model. Two differences under AdamW: the moments of numbers that a step leaves out decay and still move them, where
+    the released SparseAdam rests; gradients are clipped before they are cut. The paper looks at 30 batches.
 
     When not to use it: for memory. Offsets and moments are kept for every number of the MLP, as the released code does,
-    with a copy of its weights: more than full training of the MLP holds.
+    with a copy of its weights: more than full training of the MLP holds. On rows whose gradients share no directions
+    with the probe's, the basis gains nothing.
     """
     select = TopRotated(share=share, target_modules=target_modules, layers=layers)
     return Method(name="sparsegrad", parts=(Part(select=select, update=InPlace()),))
