@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Any
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from contract_cells import logits, named
 from families import batches, build
 from test_schedule import adamw, dense, moments, step
+from tiny_run import start
 from torch import nn
 
 from thrifty import attach
 from thrifty.core.errors import ThriftyError
+from thrifty.update.tuning import attach_with
 
 DATA = batches(2, 4, 9)
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,18 +40,18 @@ def fresh(tuning: Any, method: dict[str, Any], *, dtype: torch.dtype = torch.flo
 @pytest.mark.parametrize("case", METHODS)
 def test_every_two_steps_the_plan_is_that_of_the_weights_as_they_are(case: str, dtype: torch.dtype) -> None:
     method, model = METHODS[case], build("llama", dtype, layers=2)
-    start = named(model)
+    first = named(model)
     tuning = attach(model, method, budget=0.05, batches=iter(DATA))
     optimizer, ever, changed = adamw(tuning), {}, 0
     for i in range(6):
         before, held = tuning.plan, {}
         for name, region in before.items():
-            ever[name] = ever.get(name, 0) + region.mask(start[name].shape).int()
+            ever[name] = ever.get(name, 0) + region.mask(first[name].shape).int()
         replan = tuning.replan
 
         def noting(choose: Any, held: dict[str, Any] = held, replan: Any = replan) -> None:
             """The moments that this step made, seen before the plan changes."""
-            held.update({key: moments(tuning, optimizer, start, key) for key in ("exp_avg", "exp_avg_sq")})
+            held.update({key: moments(tuning, optimizer, first, key) for key in ("exp_avg", "exp_avg_sq")})
             replan(choose)
 
         tuning.replan = noting
@@ -64,10 +68,10 @@ def test_every_two_steps_the_plan_is_that_of_the_weights_as_they_are(case: str, 
         changed += dict(tuning.plan) != dict(before)
         assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in tuning.parameters()}
         for name, region in tuning.plan.items():
-            here = region.mask(start[name].shape)
-            stays = here & before[name].mask(start[name].shape) if name in before else torch.zeros_like(here)
+            here = region.mask(first[name].shape)
+            stays = here & before[name].mask(first[name].shape) if name in before else torch.zeros_like(here)
             for key, values in held.items():
-                now = moments(tuning, optimizer, start, key)[name]
+                now = moments(tuning, optimizer, first, key)[name]
                 assert not stays.any() or torch.equal(now[stays], values[name][stays])
                 assert not now[here & ~stays].any()
         leaves = {id(leaf) for leaf in tuning.parameters()}
@@ -76,13 +80,13 @@ def test_every_two_steps_the_plan_is_that_of_the_weights_as_they_are(case: str, 
     assert changed >= 2
     delta, trained = tuning.delta(), logits(model)
     for name, p in named(model).items():
-        if name in start:
-            was_trained = ever.get(name, torch.zeros(start[name].shape, dtype=torch.int)).bool()
-            assert torch.equal(p[~was_trained], start[name][~was_trained]), name
+        if name in first:
+            was_trained = ever.get(name, torch.zeros(first[name].shape, dtype=torch.int)).bool()
+            assert torch.equal(p[~was_trained], first[name][~was_trained]), name
             assert not was_trained.any() or (delta.plan[name].mask(p.shape) >= was_trained).all(), name
     assert torch.equal(logits(tuning.finish()), trained)
     delta.remove(model)
-    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p, first[name]) for name, p in model.named_parameters())
     assert torch.equal(logits(delta.apply(model)), trained)
 
 
@@ -150,3 +154,40 @@ def test_a_wrong_period_is_named(every: Any) -> None:
         ThriftyError, match=rf"reselect_every {every!r} is not valid: give a number of steps of 1 or more"
     ):
         attach(build("llama", layers=1), {"smt": {"reselect_every": every}}, batches=DATA)
+
+
+def test_a_restored_plan_needs_the_batches_too() -> None:
+    plan = attach(build("llama", layers=2), METHODS["blocks"], budget=0.05, batches=DATA).plan
+    with pytest.raises(ThriftyError, match="looks at gradients again while it trains: pass batches"):
+        attach_with(build("llama", layers=2), METHODS["blocks"], budget=0.05, plan=plan)
+
+
+def _rank(rank: int, port: int, apart: bool) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    data = batches(2, 4, 9, seed=0)
+    tuning = attach(build("llama", layers=2), METHODS["blocks"], budget=0.05, batches=data)
+    tuning.rebuild = lambda: None
+    if apart:  # what the second looks at from here on
+        tuning.look = {**tuning.look, "batches": batches(2, 4, 9, seed=rank)}
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.5)
+    step(tuning, optimizer)
+    if apart:
+        before = tuning.plan
+        with pytest.raises(ThriftyError, match="the processes chose different plans"):
+            step(tuning, optimizer)
+        assert tuning.plan is before
+    else:
+        step(tuning, optimizer)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_processes_must_choose_the_same_plan(apart: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [start(_rank, rank, port, apart) for rank in range(2)]
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]

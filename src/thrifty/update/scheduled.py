@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -99,7 +101,10 @@ class ScheduledTuning(Tuning):
         ever, old, plan = self._ever(), leaves_of(self._live()), self.plan
         take_off(self.model, self._parts)
         try:
-            plan = with_token_rows(self.model, _can_change(choose(self.model), self.method), self.new_tokens)
+            chosen = with_token_rows(self.model, _can_change(choose(self.model), self.method), self.new_tokens)
+            if processes > 1:
+                _check_agreed(chosen, device=next(self.model.parameters()).device)
+            plan = chosen
         finally:  # a plan that cannot be made leaves the one before in place
             self._settled = settled_under(plan, ever)
             self._place(plan)
@@ -247,3 +252,19 @@ def _can_change(plan: Plan, method: Method) -> Plan:
                 "the plan as it is"
             )
     return plan
+
+
+def _check_agreed(plan: Plan, *, device: torch.device) -> None:
+    """ThriftyError where the processes did not all choose `plan`; each of them calls this."""
+    record, tensors = plan_to_files(plan)
+    seen = hashlib.sha256(json.dumps(record["regions"], sort_keys=True).encode())
+    for name in sorted(tensors):
+        seen.update(tensors[name].cpu().contiguous().numpy().tobytes())
+    own = torch.tensor([*seen.digest()], dtype=torch.uint8, device=device)
+    others = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(others, own)
+    if any(not torch.equal(own, other) for other in others):
+        raise ThriftyError(
+            "the processes chose different plans, so their leaves would not be the same numbers: give each the same "
+            "batches to look at, and let PyTorch compute deterministically (torch.use_deterministic_algorithms)"
+        )

@@ -235,8 +235,13 @@ def attach_with(
             raise ThriftyError(NO_NEW_TOKENS)
         return attach_peer(model, method, budget=limit, seed=seed)
     seconds = 0.0
-    if method.schedule is not None and method.needs_probe and batches is not None:
-        batches = list(batches)  # they are looked at more than once
+    if method.schedule is not None and method.needs_probe:
+        if batches is None and plan is not None:
+            raise ThriftyError(
+                f"method {method.name!r} looks at gradients again while it trains: pass batches=[...], those of the "
+                "start, with the plan to restore"
+            )
+        batches = None if batches is None else list(batches)  # they are looked at more than once
     if plan is None:
         plan, seconds = compose(method, model, limit, batches=batches, seed=seed, loss=loss, rows=probe_rows)
     else:
