@@ -16,8 +16,8 @@ from .suites import SUITES
 from .tables import group_table, target_table
 
 _GROUPS = {
-    "bench": ("steps", "probe", "snips", "gsm8k", "memory"),
-    "growth": ("share", "block", "tokens", "selections"),
+    "bench": ("steps", "probe", "memory", "snips"),
+    "growth": ("share", "block", "tokens", "selections", "gsm8k"),
     "shapes": ("llama", "qwen"),
 }
 

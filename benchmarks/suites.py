@@ -34,6 +34,11 @@ def _peer(name: str, shape: str, **config: Any) -> Spec:
     return _step(name, "method", shape, method={"peft": config})
 
 
+def _equal_lora(shape: str) -> Spec:
+    rank = _EQUAL_RANK[shape]
+    return _peer(EQUAL_LORA, shape, peft_type="LORA", r=rank, lora_alpha=2 * rank)
+
+
 def _smt_step(name: str, shape: str, share: float, *, block: Any = 64, **options: Any) -> Spec:
     return _step(name, "method", shape, method=_smt(block, **options), share=share)
 
@@ -45,31 +50,39 @@ def _floor(shape: str, **more: Any) -> Spec:
     return _step("floor", "floor", shape) | more
 
 
-def steps(shape: str, *, rounds: int) -> list[Group]:
-    """Steps of SMT, the peers and full fine-tuning; in several groups where all would not fit into memory at once."""
-    rank = _EQUAL_RANK[shape]
-    smt = [_smt_step("SMT 1 %, 64", shape, 0.01), _smt_step("SMT 5 %, 64", shape, 0.05)]
-    lora = _peer(EQUAL_LORA, shape, peft_type="LORA", r=rank, lora_alpha=2 * rank)
-    dora = _peer("DoRA r16", shape, peft_type="LORA", r=16, lora_alpha=32, use_dora=True)
-    shira = _peer("SHiRA r16", shape, peft_type="SHIRA", r=16)
-    full = _step("full", "full", shape)
-    groups = [[*smt, lora, dora, shira, full]]
-    if shape != "smollm2":
-        groups = [[*smt, lora], [smt[1], dora, shira], [smt[1], full]]
-    return [{"name": f"{shape}: steps", "rounds": rounds, "specs": [_floor(shape), *specs]} for specs in groups]
-
-
-def selections(*, rounds: int) -> list[Group]:
-    """Other ways to place 1 %, LoRA r16 for the bytes, and what torch.compile makes of a step."""
+def steps(*, rounds: int) -> list[Group]:
+    """Steps of SMT, the peers and full fine-tuning."""
     shape = "smollm2"
     specs = [
         _floor(shape),
-        _smt_step("per matrix, 64", shape, 0.01),
+        _smt_step("SMT 1 %, 64", shape, 0.01),
+        _smt_step("SMT 5 %, 64", shape, 0.05),
+        _equal_lora(shape),
+        _peer("DoRA r16", shape, peft_type="LORA", r=16, lora_alpha=32, use_dora=True),
+        _peer("SHiRA r16", shape, peft_type="SHIRA", r=16),
+        _step("full", "full", shape),
+    ]
+    return [{"name": "steps", "rounds": rounds, "specs": specs}]
+
+
+def other_shape(shape: str, *, rounds: int) -> list[Group]:
+    """A larger model: SMT and LoRA, and full fine-tuning in a group of its own, as all would not fit into memory."""
+    smt, full = _smt_step("SMT 5 %, 64", shape, 0.05), _step("full", "full", shape)
+    return [
+        {"name": shape, "rounds": rounds, "specs": [_floor(shape), smt, _equal_lora(shape)]},
+        {"name": f"{shape}: full", "rounds": 5, "specs": [_floor(shape), full]},
+    ]
+
+
+def selections(*, rounds: int) -> list[Group]:
+    """Other ways to place 1 %, and what torch.compile makes of a step; 64-blocks per matrix are among `steps`."""
+    shape = "smollm2"
+    specs = [
+        _floor(shape),
         _smt_step("per matrix, 128", shape, 0.01, block=128),
         _smt_step("per matrix, columns", shape, 0.01, block="column"),
         _STRIP_FIRST,
         _step("global, 64", "method", shape, method={"smt": {"block_size": 64}}, share=0.01),
-        _peer("LoRA r16", shape, peft_type="LORA", r=16, lora_alpha=32),
         _smt_step("per matrix, 64, compiled", shape, 0.01) | {"compiled": True},
     ]
     return [{"name": "where 1 % lies", "rounds": rounds, "specs": specs}]
@@ -138,14 +151,14 @@ def growth_tokens(*, rounds: int) -> list[Group]:
 
 SUITES: Mapping[str, Callable[[], list[Group]]] = {
     "quick": lambda: [_quick()],
-    "steps": lambda: steps("smollm2", rounds=25),
+    "steps": lambda: steps(rounds=25),
     "selections": lambda: selections(rounds=25),
-    "probe": lambda: probe(rounds=9),
-    "snips": lambda: train("snips", rounds=12),
-    "gsm8k": lambda: train("gsm8k", rounds=5),
-    "memory": lambda: memory(rounds=4),
-    "llama": lambda: steps("llama", rounds=25),
-    "qwen": lambda: steps("qwen", rounds=25),
+    "probe": lambda: probe(rounds=4),
+    "snips": lambda: train("snips", rounds=6),
+    "gsm8k": lambda: train("gsm8k", rounds=4),
+    "memory": lambda: memory(rounds=2),
+    "llama": lambda: other_shape("llama", rounds=25),
+    "qwen": lambda: other_shape("qwen", rounds=25),
     "share": lambda: growth_share(rounds=5),
     "block": lambda: growth_block(rounds=5),
     "tokens": lambda: growth_tokens(rounds=5),
@@ -154,6 +167,6 @@ SUITES: Mapping[str, Callable[[], list[Group]]] = {
 
 def _quick() -> Group:
     """The floor, SMT, LoRA and full fine-tuning at 4 x 64 tokens: three minutes, and only indicative."""
-    first = steps("smollm2", rounds=25)[0]
+    first = steps(rounds=25)[0]
     specs = [spec | {"tokens": 64} for spec in first["specs"] if spec["name"] not in ("DoRA r16", "SHiRA r16")]
     return first | {"name": "quick", "specs": specs}

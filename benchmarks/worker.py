@@ -10,7 +10,7 @@ import warnings
 from .gate import Gate
 from .machine import pin
 
-_WARM_UP = 2  # steps: allocators, shared strips, optimizer state
+_WARM_UP = 1  # step: allocators, shared strips, optimizer state
 
 
 def main() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import re
-import sys
 import threading
 import time
 import weakref
@@ -17,6 +15,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from ..core.heap import trim_heap
 
 __all__ = ["Clock", "MemoryMeter", "SavedBytes", "saved_bytes"]
 
@@ -87,10 +87,7 @@ def _settle(model: nn.Module) -> None:
     gc.collect()
     for parameter in model.parameters():
         parameter.detach().reshape(-1)[::512].sum()  # a file's mapped page becomes resident when it is read
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
+    trim_heap()
 
 
 class Clock:

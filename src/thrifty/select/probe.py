@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ThriftyError
+from ..core.heap import trim_heap
 from ..data.units import units
 from ..kernels.region_grad import block_sums
 from .attribution import ATTRIBUTIONS, attribute
@@ -186,6 +187,7 @@ def run_probe(
         return probe
     device = next(model.parameters()).device
     hooks: list[Any] = []
+    trim_heap()
     with_sides = SIDES in wanted
     read, wanted = InputSums(model, grids, wanted), [s for s in wanted if s in STATISTICS]
     backward = bool(wanted) or with_sides
@@ -226,6 +228,7 @@ def run_probe(
         finally:
             for hook in hooks:
                 hook.remove()
+    trim_heap()
     probe.inputs, probe.input_squares, probe.covariances = inputs(), read.squares, read.products
     if probe.units == 0:
         raise ThriftyError(_NO_LABEL)
