@@ -89,9 +89,12 @@ class NewTokens:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> NewTokens:
-        """What `to_dict` gave."""
+        """What `to_dict` gave. ValueError where the numbers make no sense."""
         ids = {str(token): int(number) for token, number in value["ids"].items()}
-        return cls(ids=ids, base_rows=int(value["base_rows"]), rows=int(value["rows"]))
+        base_rows, rows = int(value["base_rows"]), int(value["rows"])
+        if not (0 < base_rows <= rows and ids and all(0 <= number < rows for number in ids.values())):
+            raise ValueError("new_tokens")
+        return cls(ids=ids, base_rows=base_rows, rows=rows)
 
 
 def add_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> NewTokens:

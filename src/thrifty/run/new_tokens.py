@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -25,14 +25,19 @@ def check_tokens(tokens: Sequence[str], method: Method) -> None:
         raise ThriftyError(f"add_tokens: {NO_NEW_TOKENS}")
 
 
-def grow(model: PreTrainedModel, ids: Mapping[str, int], *, console: Console) -> NewTokens | None:
-    """Rows in `model` for the tokens in `ids`, if there are any."""
+def grow(
+    model: PreTrainedModel, ids: Mapping[str, int], *, rows: Iterable[Mapping[str, Sequence[int]]], console: Console
+) -> NewTokens | None:
+    """Rows in `model` for the tokens in `ids`, if there are any. Says which of them no training row holds."""
     if not ids:
         return None
     new = NewTokens.of(model, ids)
     new.grow(model)
     text = f"new tokens: {len(ids)}; the vocabulary has {new.rows:,} rows, {new.rows - new.base_rows} of them new"
-    console.print(text, highlight=False, soft_wrap=True)
+    seen = set().union(*(row["input_ids"] for row in rows))
+    if unseen := [token for token, number in ids.items() if number not in seen]:
+        text += f"; in no training row: {', '.join(map(repr, unseen))}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     return new
 
 

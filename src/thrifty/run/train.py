@@ -95,7 +95,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     rows = _load_rows(config, tokenizer)
     console.print(describe_data(rows.report, max_length=config.max_length), highlight=False, soft_wrap=True)
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device)
-    new_tokens = grow(model, ids, console=console)
+    new_tokens = grow(model, ids, rows=rows.train, console=console)
     _check_fits(config, model, rows)
     record = _record(config, model, rows) | {"processes": args.world_size}
     if checkpoint is not None:
