@@ -28,7 +28,8 @@ from typing import Any
 HERE = Path(__file__).parent
 MODEL = "smollm2-135m"
 SEEDS = (0, 1)
-STEPS, SEARCH_STEPS, BATCH, EVAL_ROWS, MAX_LENGTH = 80, 20, 16, 200, 256
+STEPS, BATCH, EVAL_ROWS, MAX_LENGTH = 80, 16, 200, 256
+SEARCH_STEPS, SEARCH_BATCH, SEARCH_UNITS = 20, 8, 4
 RATES = [f"{digit}e-{power}" for power in range(6, 0, -1) for digit in (1, 3)]  # the search moves along these
 
 
@@ -147,22 +148,35 @@ class Study:
     def short(self, name: str, rate: str) -> None:
         rows = "data.eval=[{path: $DATA/snips_train.jsonl, split: '[99%:]'}]"
         method = METHODS[name].search_method or METHODS[name].method
+        shared = [f"per_device_train_batch_size={SEARCH_BATCH}", f"probe_units={SEARCH_UNITS}"]
         own = [f"max_steps={self.given.search_steps}", rows, "eval.loss=true", f"max_length={MAX_LENGTH}"]
-        self.train(f"search-{name}-{rate}", name, method=method, rate=rate, seed=0, own=own)
+        self.train(f"search-{name}-{rate}", name, method=method, rate=rate, seed=0, shared=shared, own=own)
 
     def final(self, name: str, *, seed: int) -> None:
         rate = best(self.into, name)
         if rate is None:
             print(f"final-{name}-{seed}: no rate of its search ended with a finite loss", flush=True)
             return
+        shared = [f"per_device_train_batch_size={BATCH}"]
         own = [f"max_steps={self.given.steps}", *self.judged()]
-        self.train(f"final-{name}-{seed}", name, method=METHODS[name].method, rate=rate, seed=seed, own=own)
+        method = METHODS[name].method
+        self.train(f"final-{name}-{seed}", name, method=method, rate=rate, seed=seed, shared=shared, own=own)
 
-    def train(self, run: str, name: str, *, method: str, rate: str, seed: int, own: list[str]) -> None:
+    def train(
+        self, run: str, name: str, *, method: str, rate: str, seed: int, shared: list[str], own: list[str]
+    ) -> None:
+        """One `thrifty train`; where a key comes twice, the last counts: what a method needs, then what is `own`."""
         budget = ["budget=1%"] if METHODS[name].budget else []
         rows = "data.train=[{path: $DATA/snips_train.jsonl, split: '[:30%]'}]"
-        shared = [f"model={MODEL}", rows, f"per_device_train_batch_size={BATCH}", "bf16=true"]
-        shared += ["save_strategy=no", "eval.before=false", "logging_steps=10"]
+        shared = [
+            f"model={MODEL}",
+            rows,
+            "bf16=true",
+            "save_strategy=no",
+            "eval.before=false",
+            "logging_steps=10",
+            *shared,
+        ]
         mine = [f"method={method}", *budget, *METHODS[name].settings, f"learning_rate={rate}", f"seed={seed}"]
         self.run(run, ["train", *shared, *mine, *own])
 

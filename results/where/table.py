@@ -11,7 +11,21 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from study import BATCH, EVAL_ROWS, HERE, MAX_LENGTH, METHODS, SEARCH_STEPS, SEEDS, STEPS, best, extension, losses
+from study import (
+    BATCH,
+    EVAL_ROWS,
+    HERE,
+    MAX_LENGTH,
+    METHODS,
+    SEARCH_BATCH,
+    SEARCH_STEPS,
+    SEARCH_UNITS,
+    SEEDS,
+    STEPS,
+    best,
+    extension,
+    losses,
+)
 
 END = "<!-- end -->"
 COLUMNS = (
@@ -43,7 +57,8 @@ rows, AdamW, linear decay. A seed decides the order of the rows, the same for al
   (sorting, LIFT's decomposition) is in neither. **peak**: resident bytes of probe and training above the loaded model,
   the highest of the seeds. All from the run's `summary.json`.
 - **learning rate**: of three a factor of about three apart, and a fourth where the best lay at the edge, the one with
-  the lowest loss on rows 99 %-100 % of the *training* file after {SEARCH_STEPS} steps (seed 0).
+  the lowest loss on rows 99 %-100 % of the *training* file after {SEARCH_STEPS} steps of
+  {SEARCH_BATCH} rows and a probe of {SEARCH_UNITS} units (seed 0).
 
 Loss, exact match and forgetting are given by seed ({", ".join(map(str, SEEDS))}); methods are in the order of their
 mean loss. With {EVAL_ROWS} rows the standard error of an exact match of .3 is {math.sqrt(0.3 * 0.7 / EVAL_ROWS):.3f}.
