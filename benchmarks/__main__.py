@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .machine import describe
 from .plots import write_plots
@@ -16,7 +18,7 @@ from .suites import SUITES
 from .tables import group_table, target_table
 
 _GROUPS = {
-    "bench": ("steps", "probe", "memory", "snips"),
+    "bench": ("steps", "probe", "kept", "memory", "snips"),
     "growth": ("share", "block", "tokens", "selections", "gsm8k"),
     "shapes": ("llama", "qwen"),
 }
@@ -38,17 +40,18 @@ def main() -> None:
     if chosen == ["plots"]:
         print(*write_plots(_results(args.out), Path("docs/performance")), sep="\n")
         return
+    records = {}
     for name in chosen:
         if name not in SUITES:
             parser.error(f"unknown suite {name!r} (known: {', '.join([*_GROUPS, *SUITES])})")
         if name in ("snips", "gsm8k", "memory") and not os.environ.get("DATA"):
             print(f"{name} is left out: set DATA to the folder of snips_train.jsonl and gsm8k_train.jsonl", flush=True)
             continue
-        _run(name, args)
-    print(target_table(_results(args.out)))
+        records[name] = _run(name, args)
+    print(target_table(records))
 
 
-def _run(name: str, args: argparse.Namespace) -> None:
+def _run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     machine, start, groups = describe(threads=args.threads), time.time(), []
     print(f"{name}: {len(SUITES[name]())} groups", file=sys.stderr, flush=True)
     for group in SUITES[name]():
@@ -60,7 +63,16 @@ def _run(name: str, args: argparse.Namespace) -> None:
     seconds = round(time.time() - start)
     record = {"suite": name, "seconds": seconds, "machine": machine, "groups": groups}
     (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{name}: {seconds} s\n", flush=True)
+    print(_made(record), flush=True)
+    return record
+
+
+def _made(record: Mapping[str, Any]) -> str:
+    machine = record["machine"]
+    return (
+        f"`python -m benchmarks {record['suite']}`: {record['seconds']} s with loading, {machine['threads']} threads, "
+        f"commit {machine['commit']}\n"
+    )
 
 
 def _results(folder: Path) -> dict[str, dict]:
@@ -71,7 +83,7 @@ def _tables(folder: Path) -> str:
     records = _results(folder)
     parts = [target_table(records)]
     for record in records.values():
-        parts += [group_table(group) for group in record["groups"]]
+        parts += [*(group_table(group) for group in record["groups"]), _made(record)]
     return "\n".join(parts)
 
 

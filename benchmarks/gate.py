@@ -31,13 +31,15 @@ class Gate:
         if sys.stdin.readline().strip() != "go":
             raise Stopped
 
-    def loop(self, step: Callable[[], None]) -> None:
-        """Take steps as told until the end."""
+    def loop(self, step: Callable[[], None], *, wake: Callable[[], None]) -> None:
+        """Take steps as told until the end. `wake` comes before each and is not timed: what had to wait for its turn
+        finds its weights in memory and its threads running."""
         while True:
             try:
                 self.wait()
             except Stopped:
                 return
+            wake()
             start = time.perf_counter()
             step()
             self.say(seconds=time.perf_counter() - start)

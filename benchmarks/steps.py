@@ -54,6 +54,11 @@ class StepContender:
         if self.optimizer is not None:
             self.optimizer.step()
 
+    def wake(self) -> None:
+        """Read every weight once: one short row forward."""
+        with torch.no_grad():
+            loss_of(self.model, {name: rows[:1, -16:] for name, rows in self.batch.items()})
+
     def record(self) -> dict[str, Any]:
         """Bytes and counts, after some steps."""
         assert self.meter is not None

@@ -29,13 +29,13 @@ __all__ = ["run_trainer"]
 
 _WARM_UP = 2  # steps
 _MAX_LENGTH = 1024  # tokens, as TRL's own default
+_ORDER = {"train_sampling_strategy": "sequential"}  # the rows lie shuffled in their file, the same for all
 
 
 class _Gated(TrainerCallback):
     """Put into every Trainer of this process: after the warm-up each step waits for the gate."""
 
     gate: Gate
-    examples = 0
     start: float | None = None
     ready = False
 
@@ -94,7 +94,7 @@ def _thrifty(spec: Mapping[str, Any], rows: Path, output: Path) -> dict[str, Any
             "save_strategy": "no",
             "eval": {"loss": False},
             "output_dir": str(output),
-            **spec.get("options", {}),
+            **_ORDER,
         }
     )
     return {
@@ -112,7 +112,6 @@ def _trl(spec: Mapping[str, Any], rows: Path, output: Path) -> dict[str, Any]:
     model = load_model("smollm2-135m", dtype="float32", device=torch.device("cpu"))
     tokenizer = load_tokenizer("smollm2-135m")
     dataset = load_dataset("json", data_files=str(rows), split="train", cache_dir=str(output) + "-cache")
-    meter = MemoryMeter(model)
     arguments = SFTConfig(
         output_dir=str(output),
         use_cpu=True,
@@ -126,7 +125,7 @@ def _trl(spec: Mapping[str, Any], rows: Path, output: Path) -> dict[str, Any]:
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=False,
-        **spec.get("options", {}),
+        **_ORDER,
     )
     trainer = SFTTrainer(
         model=model,
@@ -135,6 +134,8 @@ def _trl(spec: Mapping[str, Any], rows: Path, output: Path) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    # after the rows were tokenized, as in thrifty; the adapter was made since loading and counts
+    meter, adapter = MemoryMeter(model), sum(p.nbytes for p in trained)
     trainer.train()
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return {"peak_bytes": meter.peak(), "trained": trained}
+    return {"peak_bytes": meter.peak() + adapter, "trained": sum(p.numel() for p in trained)}

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from .gate import Gate
-from .machine import pin
+from .machine import keep_heap, pin
 
 _WARM_UP = 1  # step: allocators, shared strips, optimizer state
 
@@ -28,13 +28,15 @@ def main() -> None:
         return
     from .steps import step_contender
 
+    keep_heap()
+
     gate.say(imported=True)
     gate.wait()
     contender = step_contender(spec)
     for _ in range(_WARM_UP):
         contender.step()
     gate.say(ready=True)
-    gate.loop(contender.step)
+    gate.loop(contender.step, wake=contender.wake)
     gate.say(record=contender.record())
 
 
