@@ -80,7 +80,7 @@ METHODS = {
     "sparsegrad": Row(method="sparsegrad", budget=0.02, probes=True),
     "bitfit": Row(method="bitfit", families=("qwen2", "gpt2")),
     "telly": Row(method={"telly": {"freeze": 1}}),
-    "locft_bf": Row(method={"locft_bf": {"module": "mlp"}}),
+    "locft_bf": Row(method="locft_bf"),
     "custom": Row(
         method=[
             {"select": {"blocks": {"block_size": 14, "target_modules": r".*attn.*"}}},
