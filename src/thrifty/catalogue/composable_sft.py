@@ -23,8 +23,10 @@ def composable_sft(*, phase1: int | float | str = 0.5) -> Method:
     Phase 1 is full fine-tuning for `phase1`: a share of the run's steps, or a number of steps (needed in a loop of your
     own, unless it sets `tuning.total_steps`). Then the K numbers with the largest |theta1 - theta0| of the whole model
     are kept, K the budget; all weights go back to theta0 bit for bit, and phase 2 trains these K with a fresh AdamW.
-    The result is a delta of K numbers, to be added to others. Not done here: the pull towards theta0 (L1), optional in
-    the paper; and the learning rate's schedule runs over both phases once, where the paper starts it again.
+    The result is a delta of K numbers. The paper adds those of several runs, theta0 + phi_task + phi_language; that
+    cannot be done here yet: a delta refuses a tensor that another delta has changed. Nor is there the pull towards
+    theta0 (L1), optional in the paper; and the learning rate's schedule runs over both phases once, where the paper
+    starts it again. In phase 1 it trains as `full` does.
 
     When not to use it: where memory is short: the first phase needs that of full fine-tuning.
     """

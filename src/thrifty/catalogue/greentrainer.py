@@ -24,7 +24,7 @@ def greentrainer(*, rho: float | str = 0.5, period: int = 100) -> Method:
     Importance of a tensor: -(g . dw), dw its last update, g the gradient after it. Cost of a set S: the sum of t_dw
     (own gradient) over S plus the sum of t_dy (passing the activations' gradient) down to the deepest of S. Dynamic
     programming, with FLOPs in thousandths of the full backward's, finds the S of the largest importance with a cost of
-    at most rho of it. Each period begins with two steps of all tensors, which give dw and g.
+    at most rho of it. Each period begins with two steps of all tensors, as `full` makes them: they give dw and g.
 
     Assumed: tensors lie on one chain in the order of the forward; products between activations, which depend on the
     length, are left out. When not to use it: where those two full steps do not fit in memory.

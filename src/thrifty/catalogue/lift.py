@@ -16,7 +16,8 @@ __all__ = ["lift"]
 
 @method(
     family="entry-sparse",
-    paper="LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction, arXiv 2506.00772",
+    paper="LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused Supervised "
+    "Fine-Tuning, arXiv 2506.00772",
     learning_rate=1e-3,
     cost="16 bytes per trained number, 8 for its place; forward as the base model; backward dy W + dy^T x in pieces",
 )
@@ -30,9 +31,11 @@ def lift(
     """Train, in place, the weights that are largest after a reduction of rank.
 
     The paper's principal weights: W_r is the best approximation of W of rank r (here by randomized SVD); in each matrix
-    the entries with the largest |W_r| are trained, 5 % in the paper. No data is looked at. Every `refresh` steps the
-    mask is computed again from the weights as they are; entries that stay carry their moments, entries that leave keep
-    their values. By default it stays as it is at the start, and so does the size of the result.
+    the entries with the largest |W_r| are trained. No data is looked at. Every `refresh` steps the mask is computed
+    again from the weights as they are; entries that stay carry their moments, entries that leave keep their values. By
+    default it stays as it is at the start, and so does the size of the result. Other defaults than the paper's: the
+    budget is 1 % of the model, there 5 % of each matrix, or (in + out) times a LoRA rank; the mask is refreshed there.
+    `rank` 128 is an assumption.
 
     When not to use it: where the budget is far below 1 %: a mask by gradient then holds more of what has to change.
     """

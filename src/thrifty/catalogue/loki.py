@@ -35,7 +35,8 @@ def loki(
     are noted, and the q % most often noted are trained. `quota`: q; None: what the budget buys. `text`: a plain text
     file (the paper's is MMLU), for runs; with `attach`, pass batches of such text. Assumed: the answer of a plain text
     is the last token of a window; lowest is most negative; v is scaled at the answer's position alone. `joint: true`
-    scales all layers at once, not one after the other: as many times cheaper as there are layers, not the paper's.
+    scales all layers at once, not one after the other: as many times cheaper as there are layers, not the paper's. The
+    rows themselves are trained; the paper's other form, a low-rank pair on these rows, is not offered.
 
     When not to use it: where forgetting is no concern; better rows for the task are found by its gradients (smt).
     """

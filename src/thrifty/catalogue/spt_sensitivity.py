@@ -32,8 +32,9 @@ def spt_sensitivity(
 
     One pass over task batches gives each weight's sensitivity s = sum over the probe's units of g^2 (one sample a unit
     with `probe_rows: 1`, as in the paper). The tau weights of highest s in all matrices are sensitive. A matrix with at
-    least `threshold` times r (in + out) of them trains W + (alpha / r) B A, the others train their sensitive weights in
-    place; tau is as large as the budget allows. The paper's structured part may also be an adapter; here it is a pair.
+    least `threshold` times r (in + out) of them (more than that, in the paper) trains W + (alpha / r) B A, the others
+    train their sensitive weights in place; tau is as large as the budget allows. The paper's structured part may also
+    be an adapter; here it is a pair.
 
     When not to use it: where the base must stay readable while it trains, or the result be exact to the last bit: a
     pair is written into the weights only at the end, within rounding.
