@@ -43,6 +43,8 @@ def _score(score: str, gradients: list[Tensor], weight: Tensor) -> float:
     units, numbers = len(gradients), weight.numel()
     if score == "abs_grad":
         total = sum(float(g.abs().sum()) for g in gradients)
+    elif score == "accumulated_grad":
+        total = float(torch.stack(gradients).sum(0).abs().sum())
     elif score == "signed_grad":
         total = abs(sum(float(g.sum()) for g in gradients))
     elif score == "squared_grad":

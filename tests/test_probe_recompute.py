@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, batches, build
+from tiny_run import configuration, prepare
 from torch import Tensor, nn
 
+from thrifty import train
 from thrifty.run.memory import saved_bytes
 from thrifty.select import probe as probe_room
 from thrifty.select.probe import Probe, run_probe
@@ -88,3 +91,19 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
         raise ZeroDivisionError
     assert [dict(vars(m)) for m in model.modules()] == before
     assert model.config.use_cache
+
+
+def test_a_run_with_checkpointing_probes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, layers = [], recomputed_layers
+
+    @contextmanager
+    def watched(model: nn.Module) -> Any:
+        with layers(model) as found:
+            chosen.append(len(found))
+            yield found
+
+    monkeypatch.setattr(probe_room, "recomputed_layers", watched)
+    folder, short = prepare(tmp_path), {"max_steps": 1, "eval": {"loss": False}}
+    train(configuration(folder, output_dir=str(tmp_path / "plain"), **short))
+    train(configuration(folder, output_dir=str(tmp_path / "all"), activation_checkpointing=True, **short))
+    assert chosen == [1, 2]  # of two layers

@@ -14,7 +14,7 @@ from torch import Tensor
 from thrifty import attach
 from thrifty.core.plan import Plan, kind_of
 
-SCORES = ("abs_grad", "signed_grad", "squared_grad", "weight_times_grad")
+SCORES = ("abs_grad", "accumulated_grad", "signed_grad", "squared_grad", "weight_times_grad")
 FAMILIES = ("llama", "gpt2", "mixtral")
 
 

@@ -47,6 +47,7 @@ def oracle(family: str, score: str, *, rank: int = RANK) -> dict[str, Tensor]:
             continue
         found[name] = {
             "abs_grad": g.abs().mean(0),
+            "accumulated_grad": g.mean(0).abs(),
             "signed_grad": g.mean(0).abs(),
             "squared_grad": g.square().mean(0),
             "weight_times_grad": (w * g).abs().mean(0),

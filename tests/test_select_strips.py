@@ -26,7 +26,7 @@ from thrifty.select.pick import shares
 from thrifty.select.targets import targets
 from thrifty.update.tuning import attach_with
 
-SCORES = ("abs_grad", "signed_grad", "squared_grad", "weight_times_grad")
+SCORES = ("abs_grad", "accumulated_grad", "signed_grad", "squared_grad", "weight_times_grad")
 
 
 @functools.cache

@@ -34,7 +34,8 @@ def smt(
     Section 3 of the paper: cut each matrix W into l x l blocks B and score each by mean |dL/dW| over the block,
     measured on a few batches before training; keep the best blocks under the budget and train W[B] alone. Unlike the
     released code the probe changes no weight, so the result is block-sparse exactly. The paper's main runs use l = 256
-    and choose among Q, K and V: `block_size: 256`, `target_modules: [q_proj, k_proj, v_proj]`.
+    and choose among Q, K and V: `block_size: 256`, `target_modules: [q_proj, k_proj, v_proj]`. It accumulates gradients
+    over the batches before |.|: `score: accumulated_grad`; the default, `abs_grad`, takes |.| of each unit's gradient.
 
     Whole columns (one input to all outputs), some in every matrix: `{smt: {block_size: column, scope: per_matrix}}`;
     `row` is whole rows, `[64, 16]` blocks of 64 outputs by 16 inputs. `input_budget: 10%` bounds what backward keeps of

@@ -74,11 +74,12 @@ def _block_numbers(shape: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
 class TopBlocks:
     """The blocks with the highest `score`, chosen under the budget within each `scope`.
 
-    score: `abs_grad` mean |g| over units and numbers (the paper's), `signed_grad` |mean g|, `squared_grad` mean g²,
-    `weight_times_grad` mean |w g|, `input_norm` mean norm of the input columns over all tokens, `weight_times_input`
-    mean |w| times that norm (linear layers alone, no backward), `random` (seeded, no probe). order: `highest`, or
-    `lowest` for the smallest scores. scope: `global`; `per_kind` (attention, MLP, others), `per_layer` (those outside
-    the layers together) or `per_matrix`, each its share of the budget by the size of its candidates.
+    score: `abs_grad` mean |g| over units and numbers, `accumulated_grad` mean over numbers of |mean g over units| (the
+    paper's), `signed_grad` |mean g|, `squared_grad` mean g², `weight_times_grad` mean |w g|, `input_norm` mean norm of
+    the input columns over all tokens, `weight_times_input` mean |w| times that norm (linear layers alone, no backward),
+    `random` (seeded, no probe). order: `highest`, or `lowest` for the smallest scores. scope: `global`; `per_kind`
+    (attention, MLP, others), `per_layer` (those outside the layers together) or `per_matrix`, each its share of the
+    budget by the size of its candidates.
 
     input_budget: None, or a share (0.1, "10%") of all distinct input columns of the target linear layers, which
     backward may keep. Then strips of an input, as wide as a block, come first, by the sum of the statistic over all
@@ -179,7 +180,7 @@ class TopBlocks:
         """The score of each block, on the CPU; `count` numbers are in it."""
         if self.score in INPUT_STATISTICS:
             return probe.of_inputs(self.score, target, weight, grid=grid).cpu() / count
-        return probe.mean(self.score, target.name, sizes=count.to(weight.device)).cpu()
+        return probe.mean(self.score, target.name, sizes=count).cpu()
 
     def _inside(self, strips: Strips, *, budget: Budget, numbers: int) -> dict[str, Tensor]:
         """By parameter, the blocks inside the chosen strips; warns where they hold less than the budget."""

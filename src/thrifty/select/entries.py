@@ -31,8 +31,9 @@ _FREE = ("random", "magnitude", "low_rank_magnitude")  # scores that need no pro
 class TopEntries:
     """The entries with the highest `score`, as many as the budget buys within each `scope`.
 
-    score: a statistic of the probe (`abs_grad`, `signed_grad`, `squared_grad`, `weight_times_grad`; of linear layers
-    alone `input_norm`, the norm of its input column over all tokens, and `weight_times_input`, |w| times that),
+    score: a statistic of the probe (`abs_grad`, `accumulated_grad` = `signed_grad`, `squared_grad`,
+    `weight_times_grad`; of linear layers alone `input_norm`, the norm of its input column over all tokens, and
+    `weight_times_input`, |w| times that),
     `magnitude` |w|, `low_rank_magnitude` (|w| of the best approximation of rank `rank`), or `random`. order:
     `highest`, or `lowest` for the smallest scores. scope: `global`; `per_kind` (attention, MLP, others), `per_layer`
     (those outside the layers together) or `per_matrix`, each its share by the size of its candidates; `per_row`:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.region_grad import block_sums
+
 __all__ = ["ENTRY_GRID", "EntrySums"]
 
 ENTRY_GRID = (1, 1)
@@ -50,9 +52,25 @@ class EntrySums:
         """All sums, shaped as the tensor."""
         return self.rows(0, self.shape[0])
 
+    def absolute_blocks(self, grid: tuple[int, int]) -> Tensor:
+        """The absolute sums of the numbers of each block of shape `grid`, float64 `[..., block rows, block columns]`; a
+        few rows in memory at a time."""
+        h, w = grid
+        out, columns = self.shape[-2:]
+        step = max(1, _CHUNK // (h * columns)) * h
+        found = []
+        for matrix in range(self.shape[:-2].numel()):
+            for start in range(0, out, step):
+                rows = self._numbers(columns * (matrix * out + start), columns * min(step, out - start))
+                found.append(block_sums(rows.view(-1, columns).abs(), h=h, w=w))
+        return torch.cat(found).double().view(*self.shape[:-2], -1, found[0].shape[-1])
+
     def rows(self, start: int, stop: int) -> Tensor:
         """The sums of rows `start` to `stop` of the first dimension: a strip at a time for who has no room for all."""
         row = self.shape[1:].numel()
-        self._file.seek(4 * start * row)
-        found = np.fromfile(self._file, dtype=np.float32, count=(stop - start) * row)
-        return torch.from_numpy(found).view(-1, *self.shape[1:])
+        return self._numbers(start * row, (stop - start) * row).view(-1, *self.shape[1:])
+
+    def _numbers(self, start: int, count: int) -> Tensor:
+        """`count` sums from `start` on, counted in the tensor made flat."""
+        self._file.seek(4 * start)
+        return torch.from_numpy(np.fromfile(self._file, dtype=np.float32, count=count))

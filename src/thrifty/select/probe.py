@@ -38,10 +38,12 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 # per number: what is summed over each block and over units; g gradient, w weight
 STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "abs_grad": lambda g, w: g.abs(),
+    "accumulated_grad": lambda g, w: g,
     "signed_grad": lambda g, w: g,
     "squared_grad": lambda g, w: g.square(),
     "weight_times_grad": lambda g, w: (w * g).abs(),
 }
+_BY_NUMBER = frozenset({"accumulated_grad"})  # summed over units before a block's numbers meet: |sum of g|
 _NO_LABEL = "the probe saw no label: batches is empty or every label is -100; check the data and max_length"
 _CHUNK = 2**20  # numbers reduced at a time, so that no second tensor of a matrix's size is made
 
@@ -57,7 +59,8 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 @dataclass
 class Probe:
     """Sums of each statistic over `units`: `sums[statistic][parameter]`, float64 `[..., block rows, block columns]`;
-    for single numbers on disk. `inputs`: which linear layers among the parameters read the same input.
+    for single numbers on disk. `grids`: the shape of each parameter's blocks. `inputs`: which linear layers among the
+    parameters read the same input.
 
     `attributions[statistic][parameter]`: float32 `[rows with a label, outputs]`; see `attribution.attribute`.
     `sides[parameter]`: of each parameter's type, for the statistic `SIDES`.
@@ -69,6 +72,7 @@ class Probe:
     input_squares: dict[str, Tensor] = field(default_factory=dict)
     covariances: dict[str, EntrySums] = field(default_factory=dict)
     sides: dict[str, SideSums] = field(default_factory=dict)
+    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     inputs: tuple[Input, ...] = ()
     units: int = 0
     seconds: float = 0.0
@@ -77,7 +81,9 @@ class Probe:
         """Mean over units and over the numbers of each block (`sizes` counts them). ThriftyError if it is not
         finite."""
         sums = self.sums[statistic][name]
-        value = (sums.read() if isinstance(sums, EntrySums) else sums) / (self.units * sizes)
+        if isinstance(sums, EntrySums):
+            sums = sums.read() if self.grids[name] == ENTRY_GRID else sums.absolute_blocks(self.grids[name])
+        value = sums / (self.units * sizes.to(sums.device))
         return _finite(value.abs(), statistic, name)
 
     def of_inputs(self, statistic: str, target: Target, weight: Tensor, *, grid: tuple[int, int]) -> Tensor:
@@ -136,9 +142,9 @@ def _reduce(
     return torch.cat(found).double().view(*gradient.shape[:-2], -1, found[0].shape[-1])
 
 
-def _zeros(parameter: Tensor, grid: tuple[int, int]) -> Tensor | EntrySums:
+def _zeros(parameter: Tensor, grid: tuple[int, int], *, statistic: str) -> Tensor | EntrySums:
     shape = parameter.shape
-    if grid == ENTRY_GRID:
+    if grid == ENTRY_GRID or statistic in _BY_NUMBER:
         return EntrySums(shape)
     blocks = (*shape[:-2], -(-shape[-2] // grid[0]), -(-shape[-1] // grid[1]))
     return torch.zeros(blocks, dtype=torch.float64, device=parameter.device)
@@ -180,14 +186,15 @@ def run_probe(
 ) -> Probe:
     """Collect `statistics` of the parameters in `grids` (name -> block shape) over `batches`."""
     start, probe, wanted = time.perf_counter(), Probe(), sorted(statistics)
+    trim_heap()
     if set(wanted) & set(ATTRIBUTIONS):
         (statistic,) = wanted  # a pass of its own: it needs no gradient of a weight
         probe.attributions[statistic] = _attributions(model, batches, grids, joint="joint" in statistic, rows=rows)
+        trim_heap()
         probe.seconds = time.perf_counter() - start
         return probe
     device = next(model.parameters()).device
     hooks: list[Any] = []
-    trim_heap()
     with_sides = SIDES in wanted
     read, wanted = InputSums(model, grids, wanted), [s for s in wanted if s in STATISTICS]
     backward = bool(wanted) or with_sides
@@ -210,7 +217,8 @@ def run_probe(
 
     parameters = dict(model.named_parameters())
     probe.sides = side_sums({name: parameters[name] for name in grids if with_sides})
-    probe.sums = {s: {name: _zeros(parameters[name], grid) for name, grid in grids.items()} for s in wanted}
+    probe.grids = dict(grids)
+    probe.sums = {s: {n: _zeros(parameters[n], grid, statistic=s) for n, grid in grids.items()} for s in wanted}
     with (
         _only(model, grids if backward else ()) as chosen,
         watch_inputs(model, grids) as inputs,
