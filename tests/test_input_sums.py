@@ -15,7 +15,7 @@ from thrifty import attach
 from thrifty.core.errors import ThriftyError
 from thrifty.select import input_sums
 from thrifty.select.input_sums import COVARIANCE, INPUT_STATISTICS
-from thrifty.select.probe import Probe, run_probe
+from thrifty.select.probe import Probe, model_loss, run_probe
 from thrifty.select.targets import targets
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gemma2", "granite")
@@ -157,3 +157,18 @@ def test_what_has_no_input_of_its_own_is_named(kind: str) -> None:
 def test_a_wrong_name_has_a_nearest_one() -> None:
     with pytest.raises(ThriftyError, match="unknown score 'weight_times_inputs'; did you mean 'weight_times_input'"):
         attach(build("llama", layers=1), {"smt": {"score": "weight_times_inputs"}}, batches=batches(1, 2, 8))
+
+
+def test_products_are_float32_under_autocast() -> None:
+    """Of what the layers read there, which autocast has rounded here and there."""
+    model, data, exact = setup("llama")
+
+    def loss(plain: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model_loss(plain, batch)
+
+    name = "model.layers.0.self_attn.q_proj.weight"  # reads a norm of the embeddings, which stays in float32
+    probe = run_probe(model, data, grids={name: (8, 8)}, statistics=[COVARIANCE], loss=loss)
+    torch.testing.assert_close(
+        probe.covariances[name].read().double(), exact[name].mT @ exact[name], rtol=1e-4, atol=1e-4
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -162,32 +163,50 @@ def test_a_restored_plan_needs_the_batches_too() -> None:
         attach_with(build("llama", layers=2), METHODS["blocks"], budget=0.05, plan=plan)
 
 
-def _rank(rank: int, port: int, apart: bool) -> None:
+def _rank(rank: int, port: int, case: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    data = batches(2, 4, 9, seed=0)
-    tuning = attach(build("llama", layers=2), METHODS["blocks"], budget=0.05, batches=data)
-    tuning.rebuild = lambda: None
-    if apart:  # what the second looks at from here on
-        tuning.look = {**tuning.look, "batches": batches(2, 4, 9, seed=rank)}
-    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.5)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=5))
+    model, shared = build("llama", layers=2), batches(2, 4, 9, seed=0)
+    own = batches(2, 4, 9, seed=rank)
+    if case == "start apart":
+        for method in (METHODS["blocks"], {"smt": {"block_size": 4}}):  # a plan that stays, too
+            with pytest.raises(ThriftyError, match="the processes chose different plans"):
+                attach(model, method, budget=0.05, batches=own)
+    if case == "start of one":
+        said = "another process could not choose a plan" if rank == 0 else "the probe saw no label"
+        with pytest.raises(ThriftyError, match=said):
+            attach(model, METHODS["blocks"], budget=0.05, batches=shared if rank == 0 else [])
+    tuning = attach(model, METHODS["blocks"], budget=0.05, batches=shared)
+    rebuilt: list[int] = []
+    tuning.rebuild = lambda: rebuilt.append(tuning.step)
+    optimizer, before = torch.optim.SGD(tuning.parameters(), lr=0.5), tuning.plan
     step(tuning, optimizer)
-    if apart:
-        before = tuning.plan
-        with pytest.raises(ThriftyError, match="the processes chose different plans"):
-            step(tuning, optimizer)
-        assert tuning.plan is before
-    else:
+    said = {"apart": "the processes chose different plans"}.get(case)
+    if case == "apart":  # what the second looks at from here on
+        tuning.look = {**tuning.look, "batches": own}
+    if case == "of one":
+        said = "another process could not choose a plan" if rank == 0 else "the probe saw no label"
+        tuning.look = {**tuning.look, "batches": shared if rank == 0 else []}
+    if said is None:
         step(tuning, optimizer)
+    else:
+        with pytest.raises(ThriftyError, match=said):
+            step(tuning, optimizer)
+        assert dict(tuning.plan) == dict(before)
+        was = logits(model)
+        step(tuning, optimizer)
+        assert not torch.equal(logits(model), was)
+    assert rebuilt == [2]
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_processes_must_choose_the_same_plan(apart: bool) -> None:
+@pytest.mark.parametrize("case", ["together", "apart", "of one", "start apart", "start of one"])
+def test_processes_must_choose_the_same_plan(case: str) -> None:
+    """And none waits for one that could not choose."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [start(_rank, rank, port, apart) for rank in range(2)]
+    children = [start(_rank, rank, port, case) for rank in range(2)]
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]

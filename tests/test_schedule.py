@@ -115,15 +115,29 @@ def test_moving_from_plan_to_plan(dtype: torch.dtype) -> None:
     assert torch.equal(logits(delta.apply(model)), trained)
 
 
-def test_a_plan_that_cannot_be_made_leaves_the_one_before() -> None:
-    tuning = attach(build("llama", layers=2), {"lift": {"rank": 4, "refresh": 1000}}, budget=0.02)
-    optimizer, plan = adamw(tuning), tuning.plan
-    step(tuning, optimizer)
-    before = logits(tuning.model)
-    with pytest.raises(ThriftyError, match="unknown parameter"):
-        tuning.replan(lambda plain: Plan.of(plain, {"model.norm.wait": Whole()}), optimizer=optimizer)
-    assert tuning.plan == plan
-    assert torch.equal(logits(tuning.model), before)
+@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize("method", [{"lift": {"rank": 4, "refresh": 1000}}, {"hft": {"period": 1000}}], ids=str)
+def test_a_plan_that_cannot_be_made_leaves_the_one_before(method: Any, carry: bool) -> None:
+    """And training goes on as if nobody had asked, moments and all."""
+    dtype, ends, rebuilt = torch.bfloat16, [], []
+    for wrong in (True, False):
+        tuning = attach(build("llama", dtype, layers=2), method, budget=0.02 if "lift" in method else None, seed=1)
+        optimizer, plan = adamw(tuning), tuning.plan
+        step(tuning, optimizer)
+        before = logits(tuning.model)
+        if wrong:
+            tuning.rebuild = lambda: rebuilt.append(1)
+            with pytest.raises(ThriftyError, match="unknown parameter"):
+                tuning.replan(
+                    lambda plain: Plan.of(plain, {"model.norm.wait": Whole()}), optimizer=optimizer, carry=carry
+                )
+            assert rebuilt
+        assert tuning.plan == plan
+        assert torch.equal(logits(tuning.model), before)
+        step(tuning, optimizer, seed=1)
+        ends.append(logits(tuning.model))
+        assert not torch.equal(ends[-1], before)
+    assert torch.equal(*ends)
 
 
 def test_union_of_regions() -> None:

@@ -59,3 +59,27 @@ def test_groups_of_the_optimizer_keep_their_kinds() -> None:
         assert all(p.ndim > 1 for p in first[1:])
         assert all(p.ndim == 1 for p in second)
         assert {id(p) for p in first[1:] + second} == {id(p) for p in tuning.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"composable_sft": {"phase1": 2}}, r"the change of model\.norm\.weight after 2 steps is not finite: .*"),
+        ({"greentrainer": {"period": 9}}, r"how much model\.norm\.weight lowered the loss is not finite: .*"),
+    ],
+)
+def test_a_run_that_diverged_is_not_ranked(method: Any, said: str) -> None:
+    tuning = attach(build("llama", layers=2), method, budget=100 if "composable_sft" in method else None)
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    step(tuning, optimizer)
+    plan = tuning.plan
+
+    def spoil(leaf: nn.Parameter) -> None:
+        assert leaf.grad is not None
+        leaf.grad[0] = torch.nan
+
+    tuning.named_leaves()["model.norm.weight"].register_post_accumulate_grad_hook(spoil)
+    with pytest.raises(ThriftyError, match=said + "lower learning_rate") as caught:
+        step(tuning, optimizer)
+    assert "\n" not in str(caught.value)
+    assert tuning.plan == plan

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
+from statistics import median
 
 import pytest
 import torch
 from contract_cells import summed_loss
-from families import FAMILIES, batches, build
-from torch import nn
+from families import FAMILIES, VOCAB, batches, build
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from thrifty import attach
 from thrifty.core.errors import ThriftyError
@@ -79,6 +82,39 @@ def test_backward_costs_what_was_predicted(family: str, rho: float) -> None:
     optimizer.zero_grad()
     # what lies beside the chain (q, k and v read one input) and products of activations make the difference
     assert backward_flops(model) / full == pytest.approx(predicted, abs=0.12)
+
+
+def backward_seconds(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Of this process's CPU, which other programs do not take."""
+    model.zero_grad(set_to_none=True)
+    loss = summed_loss(model, batch)
+    start = time.process_time()
+    loss.backward()
+    return time.process_time() - start
+
+
+@pytest.mark.timed
+def test_backward_takes_the_share_of_time_that_was_predicted() -> None:
+    """Wide enough that products with weights dominate; both measured in turns, never against an absolute time."""
+    wide = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8
+    )
+    torch.manual_seed(0)
+    full, model = LlamaForCausalLM(wide).train(), LlamaForCausalLM(wide).train()
+    (batch,) = batches(1, 4, 128)
+    tuning = attach(model, {"greentrainer": {"rho": 0.5, "period": 50}})
+    optimizer = torch.optim.AdamW(tuning.parameters(), lr=1e-4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        summed_loss(model, batch).backward()
+        optimizer.step()
+    chain = backward_chain(full)
+    everything = {name for name, _ in full.named_parameters()}
+    predicted = chain_flops(chain, set(tuning.plan)) / chain_flops(chain, everything)
+    assert 0.3 <= predicted <= 0.5
+    rounds = [(backward_seconds(model, batch), backward_seconds(full, batch)) for _ in range(8)][1:]
+    chosen, whole = (median(seconds) for seconds in zip(*rounds, strict=True))
+    assert chosen / whole == pytest.approx(predicted, abs=0.2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

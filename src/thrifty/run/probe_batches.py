@@ -1,21 +1,27 @@
-"""What the probe looks at: rows of the training data, or, for methods that ask for it, windows of a general text."""
+"""What the probe looks at: rows of the training data, or, for methods that ask for it, windows of a general text; and
+in which precision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from thrifty.core.errors import ThriftyError
 from thrifty.core.method import parse_method
 from thrifty.data import windows
+from thrifty.objective.next_token import loss_of
+from thrifty.select.probe import Loss
 
 from .config import RunConfig
 from .order import row_order
 
-__all__ = ["WINDOW", "check_text", "general_rows", "probe_batches"]
+__all__ = ["WINDOW", "check_text", "general_rows", "probe_batches", "probe_loss"]
 
 WINDOW = 128  # tokens of general text in one row, at most
 
@@ -61,3 +67,32 @@ def probe_batches(
     order = row_order(len(rows), seed=seed, epoch=0)[: config.probe_units * config.probe_rows]
     for start in range(0, len(order), config.probe_rows):
         yield collate([rows[i] for i in order[start : start + config.probe_rows]])
+
+
+def probe_loss(args: TrainingArguments) -> Loss:
+    """`loss_of`, in the precision of training, so that looking again at the same weights gives the same plan.
+
+    With `bf16` the forward runs under autocast; backward is the caller's, outside of it. With `fp16` it stays in the
+    model's own dtype: without the Trainer's loss scale, gradients would underflow.
+    """
+
+    def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        with _own_forward(model), torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=bool(args.bf16)):
+            return loss_of(model, batch)
+
+    return loss if args.bf16 or args.fp16 else loss_of
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """While open, the forward is without the autocast that accelerate puts around it once it has the model."""
+    own = vars(model)
+    if "_original_forward" not in own:
+        yield
+        return
+    prepared = own["forward"]
+    own["forward"] = own["_original_forward"]
+    try:
+        yield
+    finally:
+        own["forward"] = prepared

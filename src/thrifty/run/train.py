@@ -20,7 +20,7 @@ from thrifty.data import DataReport, Example, PackedRows, check_vocabulary, coll
 from thrifty.delta import Delta, NewTokens
 from thrifty.delta.vocabulary import extend
 from thrifty.objective.isolation import check_packing
-from thrifty.objective.next_token import install, loss_of, uninstall
+from thrifty.objective.next_token import install, uninstall
 from thrifty.objective.proof import prepare
 from thrifty.select.compose import check as check_method
 from thrifty.update.peer import PeerTuning
@@ -37,7 +37,7 @@ from .metrics import MetricsFile
 from .model import load_model, load_tokenizer
 from .new_tokens import grow, save_tokenizer
 from .order import RowOrder, row_order
-from .probe_batches import check_text, general_rows, probe_batches
+from .probe_batches import check_text, general_rows, probe_batches, probe_loss
 from .summary import data_fingerprint, describe_data, make_summary, model_fingerprint, print_result
 from .trainer import Row, ThriftyTrainer
 
@@ -207,7 +207,7 @@ def _train(
             budget=config.budget,
             batches=probe_batches(config, rows.general or rows.train, collate=collator, seed=seed),
             seed=args.seed,
-            loss=loss_of,
+            loss=probe_loss(args),
             plan=None if checkpoint is None else checkpoint.plan(),
             probe_rows=config.probe_rows,
             new_tokens=new_tokens,
@@ -294,5 +294,4 @@ def _finish(tuning: Tuning | PeerTuning, trainer: ThriftyTrainer) -> nn.Module:
     model: Any = tuning.finish()
     uninstall(model)
     model.config.use_cache = trainer.used_cache
-    plain: nn.Module = model.eval()
-    return plain
+    return model.eval()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..core.budget import Budget, share_of
 from ..core.errors import ThriftyError
 from ..core.plan import Plan
@@ -53,6 +55,11 @@ class MostChanged:
             return
         best = BestEntries((tuning.budget or Budget(fraction=0.01)).of(tuning.plan.total))
         for name, change in tuning.changes():
+            if not bool(torch.isfinite(change).all()):
+                raise ThriftyError(
+                    f"the change of {name} after {tuning.step} steps is not finite: training diverged; "
+                    "lower learning_rate"
+                )
             best.add(name, change.abs().flatten().cpu())
         regions = best.regions()
         tuning.rewind()

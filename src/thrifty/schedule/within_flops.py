@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,12 @@ class WithinFlops:
             tuning.replan(lambda model: self._plan(model, importance))
 
     def _plan(self, model: nn.Module, importance: dict[str, float]) -> Plan:
+        wrong = next((name for name, value in importance.items() if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise ThriftyError(
+                f"how much {wrong} lowered the loss is not finite: training diverged, or the loss overflows on this "
+                "data; lower learning_rate"
+            )
         chain, largest, least = backward_chain(model), max(importance.values()), min(importance.values())
         if largest <= 0:  # every change raised the loss: those that raised it least come first
             importance = {name: value - least + 1e-6 * (largest - least or 1.0) for name, value in importance.items()}

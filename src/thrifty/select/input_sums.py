@@ -94,5 +94,6 @@ class InputSums:
         if name in self.products:
             x_TI = x_TI.float()
             for start in range(0, x_TI.shape[1], step):
-                rows = x_TI[:, start : start + step].mT @ x_TI
+                with torch.autocast(x_TI.device.type, enabled=False):  # the forward around it may be in bfloat16
+                    rows = x_TI[:, start : start + step].mT @ x_TI
                 self.products[name].add_at(start * x_TI.shape[1], rows.flatten().cpu())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ..core.budget import Budget
@@ -21,6 +19,7 @@ from ..core.region import Blocks, Whole
 from ..delta import Delta, Piece, fingerprint
 from ..select.compose import compose
 from ..select.token_rows import with_token_rows
+from .agreement import agreeing, processes
 from .carry import Leaf, carry_leaf, held, leaves_of, swap
 from .part import leaf_dtype
 from .place import take_off
@@ -88,34 +87,34 @@ class ScheduledTuning(Tuning):
 
         All weights keep their values. Numbers that stay keep their float32 offset and, with `carry`, the optimizer's
         moments; numbers that leave keep their trained value. `optimizer`: the one that holds the leaves, by default
-        the one that just stepped. ThriftyError under several processes where nobody set `rebuild`.
+        the one that just stepped. ThriftyError under several processes where nobody set `rebuild`, or where their
+        plans differ. After any error training can go on by the plan before, with its moments.
         """
-        processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-        if self.rebuild is None and processes > 1:
+        if self.rebuild is None and processes() > 1:
             raise ThriftyError(
                 f"method {self.method.name!r} changes what is trained, which a wrapper of several processes would not "
                 "notice: set tuning.rebuild to a function that makes it notice, or train in one process"
             )
         optimizer = self._optimizer if optimizer is None else optimizer
         self._changed = self._changed or self._has_moved()
-        ever, old, plan = self._ever(), leaves_of(self._live()), self.plan
+        ever, old, plan, made = self._ever(), leaves_of(self._live()), self.plan, False
         take_off(self.model, self._parts)
         try:
-            chosen = with_token_rows(self.model, _can_change(choose(self.model), self.method), self.new_tokens)
-            if processes > 1:
-                _check_agreed(chosen, device=next(self.model.parameters()).device)
-            plan = chosen
-        finally:  # a plan that cannot be made leaves the one before in place
+            with agreeing(self.model) as propose:
+                chosen = with_token_rows(self.model, _can_change(choose(self.model), self.method), self.new_tokens)
+                propose(chosen)
+            plan, made = chosen, True
+        finally:  # a plan that cannot be made leaves the one before in place, in new leaves all the same
             self._settled = settled_under(plan, ever)
             self._place(plan)
             self._take_over(ever, old)
-        if optimizer is not None:
-            swap(optimizer, old, self._parts, carry=carry)
-        for name, was in old.items():
-            if plan.get(name) != was.region:
-                was.leaf.grad = None
-        if self.rebuild is not None:
-            self.rebuild()
+            if optimizer is not None:
+                swap(optimizer, old, self._parts, carry=carry or not made)
+            for name, was in old.items():
+                if plan.get(name) != was.region:
+                    was.leaf.grad = None
+            if self.rebuild is not None:
+                self.rebuild()
 
     @torch.no_grad()
     def _take_over(self, ever: Mapping[str, Trained], old: Mapping[str, Leaf]) -> None:
@@ -252,19 +251,3 @@ def _can_change(plan: Plan, method: Method) -> Plan:
                 "the plan as it is"
             )
     return plan
-
-
-def _check_agreed(plan: Plan, *, device: torch.device) -> None:
-    """ThriftyError where the processes did not all choose `plan`; each of them calls this."""
-    record, tensors = plan_to_files(plan)
-    seen = hashlib.sha256(json.dumps(record["regions"], sort_keys=True).encode())
-    for name in sorted(tensors):
-        seen.update(tensors[name].cpu().contiguous().numpy().tobytes())
-    own = torch.tensor([*seen.digest()], dtype=torch.uint8, device=device)
-    others = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(others, own)
-    if any(not torch.equal(own, other) for other in others):
-        raise ThriftyError(
-            "the processes chose different plans, so their leaves would not be the same numbers: give each the same "
-            "batches to look at, and let PyTorch compute deterministically (torch.use_deterministic_algorithms)"
-        )

@@ -18,6 +18,7 @@ from ..delta import Delta, NewTokens
 from ..select.compose import compose
 from ..select.probe import Loss, model_loss
 from ..select.token_rows import with_token_rows
+from .agreement import agreeing
 from .base import base_tensors, can_read_base
 from .early_stop import allow_early_stop, as_before
 from .part import Part
@@ -225,7 +226,10 @@ def attach_with(
     probe_rows: int = 4,
     new_tokens: NewTokens | None = None,
 ) -> Tuning | PeerTuning:
-    """`attach` with the loss of a run, or with a `plan` to restore (then nothing is probed)."""
+    """`attach` with the loss of a run, or with a `plan` to restore (then nothing is probed).
+
+    Where torch.distributed is initialized all processes call this, and ThriftyError is raised where their plans differ.
+    """
     method = parse_method(method)
     limit = None if budget is None else Budget.parse(budget)
     if any(hasattr(module, "_thrifty") for module in model.modules()):
@@ -242,11 +246,13 @@ def attach_with(
                 "start, with the plan to restore"
             )
         batches = None if batches is None else list(batches)  # they are looked at more than once
-    if plan is None:
-        plan, seconds = compose(method, model, limit, batches=batches, seed=seed, loss=loss, rows=probe_rows)
-    else:
-        plan = Plan.of(model, plan, kept_columns=plan.kept_columns)
-    plan = with_token_rows(model, plan, new_tokens)
+    with agreeing(model) as propose:
+        if plan is None:
+            plan, seconds = compose(method, model, limit, batches=batches, seed=seed, loss=loss, rows=probe_rows)
+        else:
+            plan = Plan.of(model, plan, kept_columns=plan.kept_columns)
+        plan = with_token_rows(model, plan, new_tokens)
+        propose(plan)
     if method.schedule is not None:
         from .scheduled import ScheduledTuning  # it builds on this module
 
