@@ -12,10 +12,12 @@ from attached import step
 from families import batches, build
 from tiny_tokenizer import CHAT_TEMPLATE, character_tokenizer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thrifty import Delta, add_tokens, attach
 from thrifty.core.errors import ThriftyError
+from thrifty.delta import vocabulary
 
 TOKENS = ["<tool>", "<end tool>"]
 FAMILIES = ("llama", "gemma2")  # a head of its own, and a tied one
@@ -208,3 +210,65 @@ def test_what_cannot_take_tokens_says_so() -> None:
         attach(model, {"peft": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}}, new_tokens=new)
     with pytest.raises(ThriftyError, match="Linear is no transformers model"):
         add_tokens(nn.Linear(2, 2), character_tokenizer(), TOKENS)
+
+
+def test_rows_do_not_join_a_rotated_basis() -> None:
+    model, tokenizer = build("llama", layers=1), character_tokenizer()
+    new = add_tokens(model, tokenizer, TOKENS)
+    method = {"sparsegrad": {"target_modules": ["lm_head"]}}
+    with pytest.raises(ThriftyError, match=r"lm_head\.weight is trained in a rotated basis.*leave it out") as error:
+        attach(model, method, batches=[batch([97, 98])], new_tokens=new)
+    assert "\n" not in str(error.value)
+
+
+def test_a_second_call_is_refused_until_the_first_is_undone() -> None:
+    model, tokenizer = build("llama", layers=1), character_tokenizer()
+    new = add_tokens(model, tokenizer, ["<tool>"])
+    with pytest.raises(ThriftyError, match="give all tokens in one call"):
+        add_tokens(model, tokenizer, ["<end tool>"])
+    assert len(tokenizer) == model.config.vocab_size == 98
+    new.shrink(model)
+    assert add_tokens(model, character_tokenizer(), TOKENS).base_rows == 97
+
+
+class SummedRows(TorchDispatchMode):
+    """How many rows each sum or mean in float64 takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (kwargs or {}).get("dtype") == torch.float64 and func.overloadpacket in _SUMS:
+            self.seen.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+_SUMS = (torch.ops.aten.sum, torch.ops.aten.mean)
+
+
+def test_the_mean_of_the_rows_takes_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "_ROWS", 10, raising=False)
+    model, tokenizer = build("llama", layers=1), character_tokenizer()
+    with SummedRows() as watch:
+        add_tokens(model, tokenizer, TOKENS)
+    assert watch.seen == 2 * [*[10] * 9, 7]
+    for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+        mean = weight.detach()[:97].mean(0, dtype=torch.float64).float()
+        torch.testing.assert_close(weight.detach()[98], mean, rtol=1e-6, atol=1e-9)
+
+
+def test_whatever_stops_a_delta_the_vocabulary_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = build("llama", layers=1), character_tokenizer()
+    delta = attach(model, "random_rows", budget=0.02, new_tokens=add_tokens(model, tokenizer, TOKENS)).delta()
+
+    def full(_: torch.Tensor) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("thrifty.delta.delta.fingerprint", full)
+    plain = build("llama", layers=1)
+    before = weights(plain)
+    with pytest.raises(MemoryError):
+        delta.apply(plain)
+    assert plain.config.vocab_size == 97
+    assert all(torch.equal(values, before[name]) for name, values in weights(plain).items())

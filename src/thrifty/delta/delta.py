@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -112,27 +113,23 @@ class Delta:
     def apply(self, model: nn.Module) -> nn.Module:
         """Write the trained values into `model`, which must be the exact base; ThriftyError names the first tensor that
         differs, and nothing is written. Returns `model`."""
-        grew = self._grow(model)
-        try:
-            return self._apply(model)
-        except ThriftyError:
-            if grew and self.new_tokens is not None:
-                self.new_tokens.shrink(model)
-            raise
-
-    def _grow(self, model: nn.Module) -> bool:
-        """Give a base the rows of new tokens, with the values that they had before training; False where it has
-        them."""
         _parameters(model)  # nothing grows while it is attached
-        if self.new_tokens is None or not self.new_tokens.grow(model):
-            return False
+        with ExitStack() as undo:
+            if self.new_tokens is not None and self.new_tokens.grow(model):
+                undo.callback(self.new_tokens.shrink, model)
+                self._fill(model, first=self.new_tokens.base_rows)
+            self._write(model)
+            undo.pop_all()
+        return model
+
+    def _fill(self, model: nn.Module, *, first: int) -> None:
+        """Give the rows from `first` on the values that they had before training."""
         for name, tensor in vocabulary_tensors(model).items():
             piece = self.pieces.get(name)
             if isinstance(piece, Piece) and piece.shape == tuple(tensor.shape):
-                tensor.data[self.new_tokens.base_rows :] = piece.base_of(tensor)[self.new_tokens.base_rows :]
-        return True
+                tensor.data[first:] = piece.base_of(tensor)[first:]
 
-    def _apply(self, model: nn.Module) -> nn.Module:
+    def _write(self, model: nn.Module) -> None:
         tensors = self._fits(model)
         for name, piece in self.pieces.items():
             if fingerprint(tensors[name]) != piece.fingerprint:
@@ -141,7 +138,6 @@ class Delta:
                 raise ThriftyError(f"{name} differs from the base of this delta: {why}")
         for name, piece in self.pieces.items():
             piece.write_(tensors[name])
-        return model
 
     def remove(self, model: nn.Module) -> nn.Module:
         """Write the original values back; afterwards `model` is the base bit for bit, else ThriftyError and no

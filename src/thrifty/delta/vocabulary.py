@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["NewTokens", "add_tokens", "check", "extend", "vocabulary_tensors"]
 
+_ROWS = 4096  # summed at a time
+_ADDED = "_thrifty_added_tokens"  # set on a model whose vocabulary `add_tokens` has changed
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
@@ -57,13 +60,14 @@ class NewTokens:
         here = self.base_rows
         _resize(model, self.rows)
         for tensor in vocabulary_tensors(model).values():
-            old = tensor.detach()[:here].cpu()  # not every device has float64
-            tensor.data[here:] = old.mean(0, dtype=torch.float64).to(tensor.dtype).to(tensor.device)
+            tensor.data[here:] = _mean(tensor.detach()[:here]).to(tensor.dtype).to(tensor.device)
         return True
 
     def shrink(self, model: nn.Module) -> None:
         """Take the rows that `grow` gave away again: the others keep every bit."""
         _resize(model, self.base_rows)
+        if hasattr(model, _ADDED):
+            delattr(model, _ADDED)
 
     def grown_rows(self, model: nn.Module) -> dict[str, Tensor]:
         """Parameter name -> a copy of the rows that the base does not have; empty where it has all."""
@@ -104,11 +108,18 @@ def add_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Seq
         tuning = thrifty.attach(model, "smt", budget=0.01, batches=batches, new_tokens=new)
 
     A token is never split, and stays in decoded text. New rows start at the mean of the old ones; rows that a padded
-    vocabulary has already keep their values. ThriftyError, before anything changes, for a token that is known already.
+    vocabulary has already keep their values. ThriftyError, before anything changes, for a token that is known already,
+    and for a second call on one model: the delta would ask for a base that has the first call's tokens.
     """
     _rows_of(model)  # what cannot grow is refused before the tokenizer changes
+    if hasattr(model, _ADDED):
+        raise ThriftyError(
+            "add_tokens: tokens were added to this model before: give all tokens in one call, on the model as it was "
+            "loaded"
+        )
     new = NewTokens.of(model, extend(tokenizer, tokens))
     new.grow(model)
+    setattr(model, _ADDED, True)
     return new
 
 
@@ -159,6 +170,13 @@ def _rows_of(model: nn.Module) -> int:
         text = ", ".join(f"{name} {rows}" for name, rows in sizes.items()) or "none"
         raise ThriftyError(f"tokens cannot be added to {type(model).__name__}: rows of its vocabulary: {text}")
     return next(iter(sizes.values()))
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """The mean of `rows` `[n, ...]`, float64 on the CPU: some at a time, for adding up in float64 copies what it adds,
+    and not every device has float64."""
+    sums = [part.cpu().sum(0, dtype=torch.float64) for part in rows.split(_ROWS)]
+    return torch.stack(sums).sum(0) / len(rows)
 
 
 def _resize(model: nn.Module, rows: int) -> None:
