@@ -144,3 +144,20 @@ def test_a_model_without_a_head_is_named() -> None:
     model = nn.Linear(4, 4)
     with pytest.raises(ThriftyError, match="needs a language model with an output head, Linear has none"):
         contrastive_loss(model, rows(ANSWERS))
+
+
+def test_units_without_an_answer_are_not_looked_at() -> None:
+    blank = rows(ANSWERS[:4])
+    blank["labels"].fill_(-100)
+    blank["labels"][1, 0] = 5  # the first token, which nothing predicts
+    plans: list[dict[str, Any]] = []
+    seen: list[int] = []
+    for data in ([rows(ANSWERS)], [blank, rows(ANSWERS), blank]):
+        model = build("llama", layers=1)
+        hook = model.register_forward_pre_hook(
+            lambda _m, _a, inputs: seen.append(len(inputs["input_ids"])), with_kwargs=True
+        )
+        plans.append(dict(attach(model, {"gps": {"per_row": 1, "loss": "contrastive"}}, batches=data).plan))
+        hook.remove()
+    assert seen == [4, 4, 4, 4]
+    assert plans[0] == plans[1]

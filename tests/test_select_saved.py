@@ -79,3 +79,11 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ThriftyError, match=message) as error:
             attach(model, method, budget=budget)
         assert "\n" not in str(error.value)
+
+
+def test_the_delta_of_a_rotated_run_is_refused_for_it_holds_no_basis(tmp_path: Path) -> None:
+    attach(build("llama", layers=1), "sparsegrad", batches=DATA).delta().save(tmp_path / "delta")
+    for folder in (tmp_path, tmp_path / "delta"):
+        with pytest.raises(ThriftyError, match=r"delta of a sparsegrad run.* give a checkpoint of that run") as error:
+            attach(build("llama", layers=1), {"saved": {"plan": str(folder)}})
+        assert "\n" not in str(error.value)

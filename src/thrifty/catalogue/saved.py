@@ -19,7 +19,8 @@ __all__ = ["saved"]
 def saved(*, plan: str) -> Method:
     """Train, in place, what an earlier run trained: on another task, or a model of the same shape.
 
-    `plan`: the folder of a finished run, of its delta, or of a checkpoint. Only the places are read, no values.
+    `plan`: the folder of a finished run, of its delta, or of a checkpoint; of sparsegrad a checkpoint, for its deltas
+    hold no basis. Only the places are read, no values.
 
     When not to use it: where the task is far from the first and there are labelled batches to choose anew.
     """

@@ -13,7 +13,7 @@ from ..core.method import Method, Part, Selector
 from ..core.plan import Plan
 from ..core.region import Region
 from .attribution import ATTRIBUTIONS
-from .contrastive import check_pairs, contrastive_loss
+from .contrastive import answered_units, contrastive_loss
 from .probe import Loss, Probe, model_loss, run_probe
 
 __all__ = ["budgets", "check", "compose"]
@@ -63,8 +63,7 @@ def compose(
     """The plan of all parts, and the seconds that looking at gradients took."""
     check(method, model, limit)
     if method.loss == "contrastive" and batches is not None:
-        loss, batches = contrastive_loss, list(batches)
-        check_pairs(batches, rows=rows)
+        loss, batches = contrastive_loss, answered_units(batches, rows=rows)
     chosen = budgets(method, model, limit)
     probes, seconds = _probes(method, model, chosen, batches=batches, loss=loss, rows=rows)
     plans = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.errors import ThriftyError
 from ..data.units import units
 
-__all__ = ["TEMPERATURE", "check_pairs", "contrastive_loss", "supervised_contrastive"]
+__all__ = ["TEMPERATURE", "answered_units", "contrastive_loss", "supervised_contrastive"]
 
 TEMPERATURE = 0.1
 
@@ -59,13 +59,12 @@ def supervised_contrastive(features_ND: Tensor, classes_N: Tensor) -> Tensor:
     return -(log_NN.sum(1)[count_N > 0] / count_N[count_N > 0]).mean()
 
 
-def check_pairs(batches: Iterable[Mapping[str, Any]], *, rows: int) -> None:
-    """ThriftyError where no unit of `rows` rows holds two with the same answer."""
-    for unit in units(batches, rows=rows):
-        if "labels" in unit:
-            _, _, classes = _prompts(unit)
-            if len(classes.unique()) < len(classes):
-                return
+def answered_units(batches: Iterable[Mapping[str, Any]], *, rows: int) -> list[dict[str, Tensor]]:
+    """The units of `rows` rows that hold an answer (a label after the first token: nothing predicts that one).
+    ThriftyError where none of them holds two rows with the same answer."""
+    found = [(unit, _prompts(unit)[2]) for unit in units(batches, rows=rows) if "labels" in unit]
+    if any(len(classes.unique()) < len(classes) for _, classes in found):
+        return [unit for unit, classes in found if len(classes)]
     raise ThriftyError(
         f"loss 'contrastive': no two of the {rows} rows that are looked at together have the same answer; "
         "give data whose answers repeat (labels of classes), look at more rows together (probe_rows), or use "

@@ -20,8 +20,8 @@ __all__ = ["Saved"]
 
 @dataclass(frozen=True, kw_only=True)
 class Saved(FixedSize):
-    """What another run trained. `plan`: the folder of a finished run (its delta), of a delta, or of a checkpoint. A
-    budget beside it is only checked."""
+    """What another run trained. `plan`: the folder of a finished run (its delta), of a delta, or of a checkpoint (of
+    a sparsegrad run only a checkpoint, which holds the basis). A budget beside it is only checked."""
 
     plan: str
 
@@ -53,7 +53,13 @@ class Saved(FixedSize):
             raise ThriftyError(
                 f"plan: {self.plan!r} holds no plan: give the folder of a finished run, its delta or a checkpoint"
             )
-        plan = Delta.load(found).plan
+        delta = Delta.load(found)
+        if "sparsegrad" in delta.method:
+            raise ThriftyError(
+                f"plan: {found} is the delta of a sparsegrad run, which holds what changed but not the basis: give a "
+                "checkpoint of that run (save_steps), such as its folder checkpoint-100"
+            )
+        plan = delta.plan
         if not plan:
             raise ThriftyError(f"plan: {found} is an adapter, which chose no places in the weights: give another run")
         return plan
