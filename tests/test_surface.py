@@ -9,6 +9,8 @@ import pytest
 
 import thrifty
 from thrifty.cli.main import parser
+from thrifty.core.registry import get
+from thrifty.run.about import describe
 from thrifty.run.config import DataConfig, EvalConfig, RunConfig
 
 NAMES = ["Budget", "Delta", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
@@ -96,6 +98,12 @@ def test_keys_of_a_run_file() -> None:
     assert [item.name for item in dataclasses.fields(RunConfig)] == KEYS
     assert [item.name for item in dataclasses.fields(EvalConfig)] == EVAL_KEYS
     assert [item.name for item in dataclasses.fields(DataConfig)] == ["train", "eval"]
+
+
+def test_a_description_says_what_the_probe_looks_at() -> None:
+    for name, text in (("loki", "of general text before"), ("smt", "of the task before"), ("bitfit", "not needed")):
+        (line,) = (line for line in describe(get(name)).splitlines() if line.startswith("Probe: "))
+        assert text in line
 
 
 LIGHT = """

@@ -45,11 +45,18 @@ def describe(record: MethodRecord) -> str:
         "",
         f"Family: {record.family}",
         f"Paper: {record.paper}",
-        f"Probe: {'needs a few batches before training' if record.needs_probe else 'not needed'}",
+        f"Probe: {_probe(record)}",
         f"Learning rate: {record.learning_rate:g} unless given",
         f"Cost: {record.cost}",
     ]
     return "\n".join(lines)
+
+
+def _probe(record: MethodRecord) -> str:
+    if not record.needs_probe:
+        return "not needed"
+    general = "text" in inspect.signature(record.build).parameters
+    return f"needs a few batches {'of general text' if general else 'of the task'} before training"
 
 
 def environment() -> str:
