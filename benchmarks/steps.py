@@ -54,6 +54,11 @@ class StepContender:
         if self.optimizer is not None:
             self.optimizer.step()
 
+    def steps(self, number: int) -> None:
+        """`number` of them."""
+        for _ in range(number):
+            self.step()
+
     def wake(self) -> None:
         """Read every weight once: one short row forward."""
         with torch.no_grad():
@@ -99,7 +104,11 @@ class _Probe(_Inference):
         self.grids = dict.fromkeys(targets(model, "all-linear"), (block, block))
 
     def step(self) -> None:
-        run_probe(self.model, [self.batch], grids=self.grids, statistics=["abs_grad"], loss=loss_of)
+        self.steps(1)
+
+    def steps(self, number: int) -> None:
+        """One probe of as many batches."""
+        run_probe(self.model, [self.batch] * number, grids=self.grids, statistics=["abs_grad"], loss=loss_of)
 
 
 def step_contender(spec: Mapping[str, Any]) -> StepContender:

@@ -90,8 +90,8 @@ def selections(*, rounds: int) -> list[Group]:
 
 
 def probe(*, rounds: int) -> list[Group]:
-    """The probe of a batch against a step of full fine-tuning on it, and what inference alone takes."""
-    specs = [_step(kind, kind, "smollm2") for kind in ("inference", "probe", "full")]
+    """A probe of three batches against as many steps of full fine-tuning on them, and what inference alone takes."""
+    specs = [_step(kind, kind, "smollm2", batches=3) for kind in ("inference", "probe", "full")]
     return [{"name": "probe", "rounds": rounds, "specs": specs}]
 
 
@@ -157,7 +157,7 @@ SUITES: Mapping[str, Callable[[], list[Group]]] = {
     "quick": lambda: [_quick()],
     "steps": lambda: steps(rounds=25),
     "selections": lambda: selections(rounds=25),
-    "probe": lambda: probe(rounds=4),
+    "probe": lambda: probe(rounds=3),
     "snips": lambda: train("snips", rounds=6),
     "gsm8k": lambda: train("gsm8k", rounds=4),
     "kept": lambda: kept(rounds=2),

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 
 from .gate import Gate
 from .machine import keep_heap, pin
@@ -36,7 +37,7 @@ def main() -> None:
     for _ in range(_WARM_UP):
         contender.step()
     gate.say(ready=True)
-    gate.loop(contender.step, wake=contender.wake)
+    gate.loop(partial(contender.steps, spec.get("batches", 1)), wake=contender.wake)
     gate.say(record=contender.record())
 
 
