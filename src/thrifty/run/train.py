@@ -201,6 +201,8 @@ def _train(
     install(model, prepare(model, sample_batch=collator([rows.train[i] for i in first[:2]])))
     try:
         trained = _packed(config, rows, model=model, seed=seed, console=console) if config.packing else rows.train
+        if args.activation_checkpointing and model.supports_gradient_checkpointing:
+            model.activation_checkpointing_enable()  # the trainer would come too late for the probe
         tuning = attach_with(
             model,
             config.method,
