@@ -202,3 +202,14 @@ def test_block_sums_are_the_sums_of_blocks(shape: tuple[int, ...], h: int, w: in
         for j in range(found.shape[-1]):
             block = matrix[..., i * h : (i + 1) * h, j * w : (j + 1) * w]
             torch.testing.assert_close(found[..., i, j], block.sum((-2, -1)))
+
+
+@pytest.mark.parametrize("statistic", ["abs_grad", "attribution"])
+def test_the_heap_is_trimmed_before_and_after(statistic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(probe_room, "trim_heap", lambda: seen.append("trim"))
+    model, name = build("llama", layers=1), "model.layers.0.mlp.down_proj.weight"
+    model.register_forward_pre_hook(lambda *_: seen.append("run"))
+    run_probe(model, batches(1, 2, 8), grids={name: (1, 72)}, statistics=[statistic])
+    assert seen[0] == seen[-1] == "trim"
+    assert set(seen[1:-1]) == {"run"}
