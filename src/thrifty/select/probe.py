@@ -233,10 +233,11 @@ def run_probe(
                 if backward:
                     value.backward()
                 probe.units += 1
+                del value
+                trim_heap()  # units of other lengths would leave holes of other sizes
         finally:
             for hook in hooks:
                 hook.remove()
-    trim_heap()
     probe.inputs, probe.input_squares, probe.covariances = inputs(), read.squares, read.products
     if probe.units == 0:
         raise ThriftyError(_NO_LABEL)
