@@ -26,7 +26,7 @@ PARTS = """
   - select: {blocks: {block_size: 8, target_modules: [q_proj, k_proj, v_proj, o_proj]}}
   - select: {rows: {target_modules: '.*mlp.*'}}
     budget: 2%
-  - select: norms
+  - select: biases
 """
 
 
@@ -68,7 +68,7 @@ def thrifty(*words: str, cwd: Path, answer: int = 0) -> str:
 
 
 def test_a_custom_method_trains_saves_resumes_and_exports(tmp_path: Path) -> None:
-    prepare(tmp_path)
+    prepare(tmp_path, family="qwen2")
     config = configuration(tmp_path, save_steps=2)
     del config["method"], config["output_dir"]
     (tmp_path / "run.yaml").write_text(dump_yaml(config) + "method:" + PARTS, encoding="utf-8")
@@ -85,9 +85,15 @@ def test_a_custom_method_trains_saves_resumes_and_exports(tmp_path: Path) -> Non
 
     plan = Delta.load(tmp_path / "whole" / "delta").plan
     kinds = {name: plan[name].kind for name in plan}
-    assert all(kind == "blocks" for name, kind in kinds.items() if "attn" in name or "mlp" in name)
-    assert {plan[name].to_files()[0].get("shape", [0, 0])[0] for name in plan if "mlp" in name} == {1}
-    assert {name for name, kind in kinds.items() if kind == "whole"} == {n for n in kinds if "norm" in n}
+    biases = {name for name in kinds if name.endswith(".bias")}
+    assert len(biases) == 6  # of q, k and v in two layers
+    assert {name for name, kind in kinds.items() if kind == "whole"} == biases
+    assert all(kind == "blocks" for name, kind in kinds.items() if name not in biases)
+    shapes = {name: plan[name].to_files()[0]["shape"] for name in plan if name not in biases}
+    assert {tuple(shape) for name, shape in shapes.items() if "attn" in name} == {(8, 8)}
+    assert {tuple(shape) for name, shape in shapes.items() if "mlp" in name} <= {(1, 40), (1, 72)}
+    assert {"attn" in name for name in shapes} == {True, False}
+    assert all("attn" in name or "mlp" in name for name in shapes)
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert plan.trainable_share <= 0.05
     assert summary["steps"] == 6
@@ -115,7 +121,7 @@ def test_a_custom_method_trains_saves_resumes_and_exports(tmp_path: Path) -> Non
 def test_a_custom_method_with_a_mistake_answers_2(
     right: str, wrong: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepare(tmp_path)
+    prepare(tmp_path, family="qwen2")
     config = configuration(tmp_path)
     del config["method"]
     parts = PARTS.replace(right, wrong)
