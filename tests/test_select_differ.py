@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pytest
 import torch
 from contract_cells import LAYERS, LENGTH, METHODS, ROWS, Row
 from families import batches, build
@@ -20,15 +19,7 @@ from torch import Tensor, nn
 import thrifty
 from thrifty.core.method import parse_method
 from thrifty.core.region import Region
-from thrifty.run.model import load_model, load_tokenizer
 from thrifty.update.tuning import Tuning
-
-TEXTS = [
-    "Water boils at a hundred degrees at the level of the sea.",
-    "Seven and eight are fifteen.",
-    "Play the song that we heard at the party last week.",
-    "The capital of France is Paris, and that of Spain is Madrid.",
-]
 
 
 def rows_of(family: str) -> dict[str, Row]:
@@ -68,18 +59,4 @@ def test_no_two_methods_give_the_same_plan() -> None:
         for name, row in rows_of("gpt2").items()
     }
     assert plans.keys() == set(thrifty.methods()) - {"peft", "saved"}
-    assert not alike(plans)
-
-
-@pytest.mark.real_model
-def test_no_two_methods_give_the_same_plan_on_smollm2() -> None:
-    """With the options that a user who gives none has; scheduled ones change early, mixtures are those of the table."""
-    tokens = load_tokenizer("smollm2-135m")(TEXTS, padding=True, return_tensors="pt")
-    labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
-    data = [{**tokens, "labels": labels}]
-    plans = {}
-    for name, row in rows_of("llama").items():
-        method = row.method if row.scheduled or name in ("custom", "spafit") else name
-        plans[name] = plan_of(load_model("smollm2-135m"), method, row, budget=0.05, data=data)
-    assert plans.keys() == set(thrifty.methods()) - {"peft", "saved", "bitfit"}
     assert not alike(plans)
