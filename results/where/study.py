@@ -52,6 +52,9 @@ _TEXT = "$DATA/general_text_train.txt"
 # In the order of the runs: the flagship and its controls first.
 METHODS: dict[str, Entry] = {
     "smt": Entry(method="smt", note="the best blocks of all matrices together"),
+    "smt_accumulated": Entry(
+        method="{smt: {score: accumulated_grad}}", note="the paper's score: gradients summed before |.|"
+    ),
     "smt_per_matrix": Entry(method="{smt: {scope: per_matrix}}", rates=_SPREAD, note="a share in each matrix"),
     "diablo": Entry(method="{diablo: {blocks: 82}}", rates=_SPREAD, note="82 blocks a matrix come to 1 %"),
     "random_blocks": Entry(method="random_blocks", rates=_SPREAD),
@@ -62,7 +65,7 @@ METHODS: dict[str, Entry] = {
     "full": Entry(method="full", rates=_WIDE, budget=False),
     "bitfit": Entry(method="bitfit", rates=("1e-2",), budget=False, note="the model has no biases"),
     "lisa": Entry(method="lisa", rates=_WIDE, budget=False, note="2 layers, drawn every 20 steps"),
-    "hft": Entry(method="hft", rates=_WIDE, budget=False, note="one round: its period is longer than the run"),
+    "hft": Entry(method="{hft: {period: 40}}", rates=_WIDE, budget=False, note="two rounds of 40 steps"),
     "telly": Entry(method="telly", rates=_WIDE, budget=False, note="the top two layers"),
     "greentrainer": Entry(method="greentrainer", rates=_WIDE, budget=False, note="rho 0.5; one selection"),
     "spafit": Entry(
