@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from .errors import ThriftyError
+from .region import EveryNumber
 
 __all__ = ["LowRank"]
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(EveryNumber):
     """W + (alpha / r) B A: every number of a matrix changes, `r * (rows + columns)` numbers are trained."""
 
     r: int
@@ -30,20 +28,6 @@ class LowRank:
 
     def size(self, shape: Sequence[int]) -> int:
         return self.r * (int(shape[0]) + int(shape[1]))
-
-    def packed_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of the numbers that change: all of them."""
-        return tuple(shape)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().clone()
-
-    @torch.no_grad()
-    def scatter_(self, tensor: Tensor, values: Tensor) -> None:
-        tensor.copy_(values)
-
-    def mask(self, shape: Sequence[int]) -> Tensor:
-        return torch.ones(tuple(shape), dtype=torch.bool)
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         if not (math.isfinite(self.alpha) and self.alpha > 0):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import ThriftyError
 
-__all__ = ["BlockGroup", "Blocks", "Region", "Whole", "mask_of"]
+__all__ = ["BlockGroup", "Blocks", "EveryNumber", "Region", "Whole", "mask_of"]
 
 
 class Region(Protocol):
@@ -61,16 +61,11 @@ def mask_of(region: Region, shape: Sequence[int]) -> Tensor:
     return out
 
 
-@dataclass(frozen=True)
-class Whole:
-    """Every number of the tensor, of any rank."""
-
-    kind: ClassVar[str] = "whole"
-
-    def size(self, shape: Sequence[int]) -> int:
-        return math.prod(shape)
+class EveryNumber:
+    """What regions share that change all of their tensor."""
 
     def packed_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of the numbers that change: all of them."""
         return tuple(shape)
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -81,7 +76,17 @@ class Whole:
         tensor.copy_(values)
 
     def mask(self, shape: Sequence[int]) -> Tensor:
-        return mask_of(self, shape)
+        return torch.ones(tuple(shape), dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Whole(EveryNumber):
+    """Every number of the tensor, of any rank."""
+
+    kind: ClassVar[str] = "whole"
+
+    def size(self, shape: Sequence[int]) -> int:
+        return math.prod(shape)
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         if math.prod(shape) == 0:

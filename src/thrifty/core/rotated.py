@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ThriftyError
+from .region import EveryNumber
 
 __all__ = ["Basis", "Rotated"]
 
@@ -58,7 +59,7 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class Rotated:
+class Rotated(EveryNumber):
     """W + rows S columns^T: every number of a matrix changes; in each step `k` numbers of S get a gradient."""
 
     basis: Basis
@@ -68,20 +69,6 @@ class Rotated:
     def size(self, shape: Sequence[int]) -> int:
         """Numbers that one step trains; which ones changes from step to step."""
         return self.k
-
-    def packed_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of the numbers that change: all of them."""
-        return tuple(shape)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().clone()
-
-    @torch.no_grad()
-    def scatter_(self, tensor: Tensor, values: Tensor) -> None:
-        tensor.copy_(values)
-
-    def mask(self, shape: Sequence[int]) -> Tensor:
-        return torch.ones(tuple(shape), dtype=torch.bool)
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         if len(shape) not in (2, 3):
