@@ -11,12 +11,12 @@ import torch
 from families import batches, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from thrifty import attach
+from thrifty.core import tensor_file
 from thrifty.core.errors import ThriftyError
 from thrifty.delta import Delta
-from thrifty.delta import delta as delta_file
 from thrifty.delta.digest import fingerprint
 
 
@@ -105,11 +105,11 @@ def test_a_full_disk_leaves_the_previous_delta(tmp_path: Path, monkeypatch: pyte
     one, other = moved(small(), seed=1), moved(small(), seed=2)
     one.save(tmp_path / "d")
 
-    def full(tensors: dict[str, Tensor], file: Path) -> None:
-        Path(file).write_bytes(b"half")
+    def full(writer: tensor_file.TensorWriter) -> None:
+        writer.path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(delta_file, "save_file", full)
+    monkeypatch.setattr(tensor_file.TensorWriter, "_finish", full)
     with pytest.raises(OSError, match="No space left"):
         other.save(tmp_path / "d")
     assert [file.name for file in tmp_path.iterdir()] == ["d"]

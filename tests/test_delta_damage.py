@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return json.loads((folder / "delta.json").read_text()), load_file(folder / "delta.safetensors")
+    """Without the checksums, which whoever means harm would correct too."""
+    head = json.loads((folder / "delta.json").read_text())
+    for entry in head["tensors"].values():
+        del entry["sha256"]
+    return head, load_file(folder / "delta.safetensors")
 
 
 def write(folder: Path, head: Any, tensors: dict[str, Tensor]) -> Path:
@@ -120,13 +125,41 @@ def test_missing_and_half_files(whole: Path, tmp_path: Path) -> None:
     refused(folder, "delta.safetensors is damaged or incomplete")
 
 
+@pytest.mark.parametrize("key", ["values", "base", "index"])
+def test_a_flipped_byte_is_noticed(whole: Path, tmp_path: Path, key: str) -> None:
+    folder = shutil.copytree(whole, tmp_path / "d")
+    tensors = load_file(folder / "delta.safetensors")
+    tensors[f"{key}:{NAME}"].view(-1)[0] += 1
+    save_file(tensors, folder / "delta.safetensors")
+    base = model()
+    before = [p.detach().clone() for p in base.parameters()]
+    with pytest.raises(ThriftyError, match=f"{key} of {NAME} is not what was saved: make or copy the delta again"):
+        Delta.load(folder).apply(base)
+    assert all(torch.equal(p, b) for p, b in zip(base.parameters(), before, strict=True))
+
+
+def test_a_key_that_comes_twice_is_refused(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "d")
+    text = (folder / "delta.json").read_text()
+    (folder / "delta.json").write_text(text.replace('"total"', '"total": 1, "total"', 1))
+    refused(folder, "the key 'total' comes twice")
+    (folder / "delta.json").write_text(text)
+    data = (folder / "delta.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    entry, first = data[8 : 8 + size].rstrip(), json.loads(data[8 : 8 + size])
+    name = next(iter(first))
+    twice = entry[:-1] + f",{json.dumps(name)}:{json.dumps(first[name])}}}".encode()
+    (folder / "delta.safetensors").write_bytes(len(twice).to_bytes(8, "little") + twice + data[8 + size :])
+    refused(folder, "delta.safetensors is damaged or incomplete")
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_refused(whole: Path, tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
     folder = write(tmp_path_factory.mktemp("cut") / "d", *parts(whole))
     data = (folder / "delta.safetensors").read_bytes()
     (folder / "delta.safetensors").write_bytes(data[: int(share * len(data))])
-    refused(folder, "delta.safetensors is damaged or incomplete .*: make or copy the delta again")
+    refused(folder, "delta.safetensors is damaged or incomplete .*: make or copy it again")
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.errors import ThriftyError
 from ..core.low_rank import LowRank
+from ..core.tensor_file import Outline
 from ..kernels.low_rank import add_product, subtract_product
 from .digest import fingerprint
 
@@ -43,6 +44,7 @@ class LowRankPiece:
     right: Tensor
     back: Tensor
     fingerprint: str  # of the whole base tensor
+    HELD: ClassVar[tuple[str, ...]] = ("left", "right", "back")
 
     @classmethod
     def of(cls, base: Tensor, left: Tensor, right: Tensor, *, region: LowRank) -> LowRankPiece:
@@ -81,21 +83,35 @@ class LowRankPiece:
         return record, {"left": self.left, "right": self.right, "back": self.back}
 
     @classmethod
-    def from_files(
-        cls, name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor], *, region: LowRank
-    ) -> LowRankPiece:
-        """The piece that `to_files` described; ThriftyError where it makes no sense."""
-        shape = tuple(int(n) for n in record["of"])
-        left, right, back = (tensors[f"{key}:{name}"] for key in ("left", "right", "back"))
+    def check(
+        cls,
+        name: str,
+        record: Mapping[str, Any],
+        outlines: Mapping[str, Outline],
+        *,
+        region: LowRank,
+        shape: tuple[int, ...],
+    ) -> None:
+        """ThriftyError where a file's record and the outlines of what it holds make no sense; nothing is read."""
+        left, right, back = (outlines[key] for key in cls.HELD)
         dtype = getattr(torch, str(record["dtype"]), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ThriftyError(
                 f"{name}: the delta's dtype {record['dtype']!r} is no floating-point type: it is damaged"
             )
         fits = left.shape == (shape[0], region.r) and right.shape == (region.r, shape[1])
-        if not fits or left.dtype != right.dtype or back.dtype != torch.uint8:
+        if not fits or left.dtype != right.dtype or not left.dtype.is_floating_point or back.dtype != torch.uint8:
             raise ThriftyError(
-                f"{name}: the delta's factors {tuple(left.shape)} and {tuple(right.shape)} do not make a matrix of "
-                f"{shape} with rank {region.r}: it is damaged"
+                f"{name}: the delta's factors {left.shape} and {right.shape} do not make a matrix of {shape} with rank "
+                f"{region.r}: it is damaged"
             )
-        return cls(region, shape, dtype, left, right, back, str(record["base_sha256"]))
+        if not isinstance(record["base_sha256"], str):
+            raise ThriftyError(f"{name}: the delta's fingerprint of the base is no text: it is damaged")
+
+    @classmethod
+    def from_files(
+        cls, record: Mapping[str, Any], held: Mapping[str, Tensor], *, region: LowRank, shape: tuple[int, ...]
+    ) -> LowRankPiece:
+        """The piece that `to_files` described."""
+        dtype = getattr(torch, record["dtype"])
+        return cls(region, shape, dtype, held["left"], held["right"], held["back"], record["base_sha256"])

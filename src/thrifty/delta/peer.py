@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..core.errors import ThriftyError
 from ..core.files import new_folder
-from .delta import _JSON, FORMAT, Delta, _parameters, refuse_other
+from .delta import Delta, _parameters
 from .digest import fingerprint
+from .files import FORMAT, JSON, refuse_other
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -102,7 +103,7 @@ class PeerDelta(Delta):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `delta.json` and PEFT's adapter folder `adapter/`, whole or not at all."""
-        refuse_other(folder)
+        refuse_other(Path(folder))
         head = {
             "format": FORMAT,
             "kind": "peft",
@@ -118,7 +119,7 @@ class PeerDelta(Delta):
             self.config.save_pretrained(str(aside / _ADAPTER))
             tensors = {name: t.detach().cpu().contiguous() for name, t in self.state.items()}
             save_file(tensors, aside / _ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-            (aside / _JSON).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+            (aside / JSON).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path, head: Mapping[str, Any]) -> PeerDelta:

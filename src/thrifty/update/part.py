@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..core.region import Region, Whole
 from ..core.rotated import Basis
-from ..delta import LowRankPiece, Piece, fingerprint
+from ..delta import LowRankPiece, Piece
 from .strips import merge_pending
 
 __all__ = ["LEAF_PREFIX", "InPlaceModule", "Part", "leaf_dtype"]
@@ -164,13 +164,7 @@ class Part:
         self.flush()
         base = self.weight.detach().clone()
         self.region.scatter_(base, original)
-        return Piece(
-            region=self.region,
-            shape=tuple(base.shape),
-            values=self.region.gather(self.weight).cpu(),
-            original=original.to("cpu", base.dtype),
-            fingerprint=fingerprint(base),
-        )
+        return Piece.of(base, self.weight, self.region)
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module was moved or cast by `fn`: what is kept beside its parameters goes along."""

@@ -16,7 +16,7 @@ from ..core.errors import ThriftyError
 from ..core.method import Method
 from ..core.plan import Plan, plan_from_files, plan_to_files
 from ..core.region import Blocks, Whole
-from ..delta import Delta, Piece, fingerprint
+from ..delta import Delta, Piece
 from ..select.compose import compose
 from ..select.token_rows import with_token_rows
 from .agreement import agreeing, processes
@@ -191,13 +191,7 @@ class ScheduledTuning(Tuning):
         pieces, weights = {}, dict(self.model.named_parameters())
         for name, was in self._read(self._ever(unstepped=self.step == 0)).items():
             base = base_of(weights[name], was)
-            pieces[name] = Piece(
-                region=was.region,
-                shape=tuple(base.shape),
-                values=was.region.gather(weights[name]).cpu(),
-                original=was.region.gather(base).cpu(),
-                fingerprint=fingerprint(base),
-            )
+            pieces[name] = Piece.of(base, weights[name], was.region)
         return Delta(pieces, method=self.method.to_dict(), total=self.plan.total, new_tokens=self.new_tokens)
 
     def progress(self) -> dict[str, Any]:
