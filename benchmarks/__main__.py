@@ -13,6 +13,7 @@ from typing import Any
 
 from .machine import describe
 from .plots import write_plots
+from .profile import profile_table
 from .rounds import measure
 from .suites import SUITES
 from .tables import group_table, target_table
@@ -27,7 +28,7 @@ _GROUPS = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "suites", nargs="*", default=["bench"], help=f"{', '.join([*_GROUPS, *SUITES])}, tables or plots"
+        "suites", nargs="*", default=["bench"], help=f"{', '.join([*_GROUPS, *SUITES])}, profile, tables or plots"
     )
     parser.add_argument("--out", type=Path, default=Path("results/performance"), help="folder of the JSON files")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each contender")
@@ -39,6 +40,9 @@ def main() -> None:
         return
     if chosen == ["plots"]:
         print(*write_plots(_results(args.out), Path("docs/performance")), sep="\n")
+        return
+    if chosen == ["profile"]:
+        print(profile_table())
         return
     records = {}
     for name in chosen:

@@ -1,4 +1,4 @@
-"""Where a step's time goes: `python -m benchmarks.profile` prints milliseconds of each kind of operation, by contender.
+"""Where a step's time goes: `python -m benchmarks profile` prints milliseconds of each kind of operation, by contender.
 
 Each contender of the suite `steps` in a process of its own, one after the other, three steps under torch's profiler,
 which makes everything somewhat slower; self times, so that the rows add up to the step.
@@ -50,21 +50,18 @@ def profile(name: str) -> dict[str, float]:
     return kinds
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(profile(sys.argv[1])))
-        return
+def profile_table() -> str:
+    """A Markdown table of all contenders of the suite `steps`."""
     columns = {}
     for spec in SUITES["steps"]()[0]["specs"]:
         command = [sys.executable, "-m", "benchmarks.profile", spec["name"]]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         columns[spec["name"]] = json.loads(done.stdout.splitlines()[-1])
-    print(f"| milliseconds | {' | '.join(columns)} |")
-    print("|---" * (len(columns) + 1) + "|")
-    for kind in _KINDS:
-        print(f"| {kind} | {' | '.join(f'{column[kind]:,.0f}' for column in columns.values())} |")
-    print(f"| together | {' | '.join(f'{sum(column.values()):,.0f}' for column in columns.values())} |")
+    rows = [["milliseconds", *columns], ["---"] * (len(columns) + 1)]
+    rows += [[kind, *(f"{column[kind]:,.0f}" for column in columns.values())] for kind in _KINDS]
+    rows += [["together", *(f"{sum(column.values()):,.0f}" for column in columns.values())]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(profile(sys.argv[1])))

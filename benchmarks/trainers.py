@@ -88,6 +88,7 @@ def _thrifty(spec: Mapping[str, Any], rows: Path, output: Path) -> dict[str, Any
             "per_device_train_batch_size": spec["batch"],
             "max_length": _MAX_LENGTH,
             "max_steps": 100_000,
+            "probe_units": 4,  # instead of 16: a quarter of the wait, and the same peak
             "bf16": spec["bf16"],
             "activation_checkpointing": spec["checkpointing"],
             "learning_rate": 1e-4,

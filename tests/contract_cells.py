@@ -5,11 +5,12 @@ A new method needs one row in `METHODS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from families import FAMILIES, batches, build
 from torch import Tensor, nn
 
 from thrifty import attach
+from thrifty.kernels import entry_grad, region_grad
+from thrifty.kernels.region_ways import BlockByBlock, LineByLine, OneProduct, StripGroup, Way
 
 __all__ = [
     "CELLS",
@@ -26,6 +29,7 @@ __all__ = [
     "ROWS",
     "SETTINGS",
     "STEPS",
+    "WAYS",
     "Cell",
     "Row",
     "Trained",
@@ -130,8 +134,24 @@ SETTINGS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32+bf16": (torch.float32, torch.bfloat16),
     "bfloat16": (torch.bfloat16, None),
 }
-CELLS = [
+# every way to a region's gradient, whatever the rules would choose
+WAYS: dict[str, Callable[[StripGroup], Way]] = {
+    "block by block": BlockByBlock,
+    "by row": lambda group: LineByLine.of(group, by_row=True),
+    "by column": lambda group: LineByLine.of(group, by_row=False),
+    "one product": OneProduct.of,
+}
+_ENTRY_COSTS = {"sampled": 0, "dense pieces": 10**9}
+CELLS: list[tuple[str, ...]] = [
     (method, family, setting) for method, row in METHODS.items() for family in row.families for setting in SETTINGS
+]
+CELLS += [
+    (method, family, setting, way)
+    for ways, methods in ((WAYS, ("smt", "strip_first")), (_ENTRY_COSTS, ("random_entries",)))
+    for method in methods
+    for family in ("llama", "gpt2")
+    for setting in ("float32", "float32+bf16")
+    for way in ways
 ]
 
 
@@ -164,6 +184,19 @@ class Cell:
     name: str
     family: str
     setting: str
+    way: str | None = None  # to the gradient; None: what the rules choose
+
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        """Gradients computed in this cell's way while it lasts."""
+        if self.way in WAYS:
+            with patch.object(region_grad, "choose", WAYS[self.way]):
+                yield
+        elif self.way is not None:
+            with patch.object(entry_grad, "_SAMPLE_COST", _ENTRY_COSTS[self.way]):
+                yield
+        else:
+            yield
 
     @property
     def row(self) -> Row:
@@ -207,8 +240,9 @@ class Trained:
     def __init__(self, cell: Cell) -> None:
         self.cell, model = cell, cell.build()
         self.start = named(model)
-        self.tuning = cell.attach(model)
-        cell.steps(self.tuning, cell.optimizer(self.tuning))
+        with cell.forced():
+            self.tuning = cell.attach(model)
+            cell.steps(self.tuning, cell.optimizer(self.tuning))
         self.plan, self.logits, self.delta = self.tuning.plan, logits(self.tuning.model), self.tuning.delta()
         self.leaves = {name: leaf.detach().clone() for name, leaf in self.tuning.named_leaves().items()}
         self.attached = {n: p.detach().clone() for n, p in self.tuning.model.named_parameters()}

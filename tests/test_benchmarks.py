@@ -70,6 +70,32 @@ def test_targets_are_judged_by_the_median_of_the_ratios() -> None:
     assert "| SMT 1 %, 64 |  | 1.02 | 1.020 |" in group_table(_record(**names)["groups"][0])
 
 
+def test_overhead_memory_and_trl_are_the_figures_that_their_rows_name() -> None:
+    steps = {
+        "floor": [1.0, 2.0, 1.0],
+        "SMT 5 %, 64": [1.1, 2.3, 1.4],
+        "LoRA, as many numbers as SMT 5 %": [1.5, 2.5, 3.0],
+    }
+    steps |= {name: [1.0, 2.0, 1.0] for name in ("SMT 1 %, 64", "DoRA r16", "SHiRA r16", "full")}
+    table = target_table({"steps": _record(**steps)})
+    assert "as a share of LoRA's at equal count | ≤ 0.5 | 0.200 | 0.200-0.400 | met |" in table  # 0.2, 0.6, 0.2
+
+    probe = _record(inference=[1.0], probe=[2.3], full=[2.0])
+    for name, peak in (("inference", 100), ("probe", 160), ("full", 300)):
+        probe["groups"][0]["results"][name]["peak_bytes"] = peak
+    table = target_table({"probe": probe})
+    assert "| probe over full steps, time | ≤ 1.2 | 1.150 |  | met |" in table
+    assert "| probe over full steps, memory above inference | ≤ 0.35 | 0.300 |  | met |" in table  # 60 of 200
+
+    ours, trl = "thrifty, SMT 1 %", "TRL, PEFT LoRA r16"
+    seconds = {ours: [1.0], "thrifty, PEFT LoRA r16": [1.2], trl: [2.4], f"{trl}, checkpointing": [2.2]}
+    snips = _record(**seconds)
+    snips["groups"][0]["results"][ours]["peak_bytes"] = 2**19
+    table = target_table({"snips": snips})
+    assert "| examples/s over TRL, snips | ≥ 2.0 | 2.200 |  | met |" in table  # the faster of TRL's two
+    assert "LoRA r16 in TRL's SFTTrainer | ≤ 0.5 | 0.500 |  | met |" in table
+
+
 def test_plots_are_written_for_what_was_measured(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     record = _record(floor=[1.0, 1.0], **{"1.0%": [1.1, 1.1], "5.0%": [1.2, 1.2]})

@@ -63,6 +63,15 @@ MODELS: dict[str, tuple[str, Any, float | None, dict[str, Any] | None]] = {
     "blocks_16_bias": ("qwen2", {"smt": {"scope": "per_matrix", "block_size": 16}}, 0.1, None),
     "columns": ("llama", {"smt": {"scope": "per_matrix", "block_size": "column"}}, 0.05, CHECKPOINTED),
     "rows": ("llama", {"smt": {"scope": "per_matrix", "block_size": "row"}}, 0.05, None),
+    "strip_first": (
+        "llama",
+        {"smt": {"scope": "per_matrix", "block_size": [14, 6], "input_budget": 0.5}},
+        0.05,
+        CHECKPOINTED,
+    ),
+    "entries": ("llama", {"random_entries": {}}, 0.02, CHECKPOINTED),
+    "many_entries": ("qwen2", {"random_entries": {}}, 0.4, None),  # where sampling costs more than a product
+    "conv1d_entries": ("gpt2", {"random_entries": {}}, 0.02, None),
     "conv1d_blocks_8": ("gpt2", {"smt": {"scope": "per_matrix", "block_size": 8}}, 0.05, None),
     "conv1d_columns": ("gpt2", {"smt": {"scope": "per_matrix", "block_size": "column"}}, 0.03, CHECKPOINTED),
     "tied_head": ("gpt2", {"random_blocks": {"target_modules": ["wte"], "block_size": 8}}, 0.05, CHECKPOINTED),

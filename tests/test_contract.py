@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract_cells import CELLS, LAYERS, LENGTH, METHODS, ROWS, STEPS, Cell, Trained, logits, named, summed_loss
+from contract_cells import (
+    CELLS,
+    LAYERS,
+    LENGTH,
+    METHODS,
+    ROWS,
+    STEPS,
+    WAYS,
+    Cell,
+    Trained,
+    logits,
+    named,
+    summed_loss,
+)
 from families import batches, build
 from torch import Tensor, nn
 
@@ -18,6 +31,7 @@ from thrifty.core.low_rank import LowRank
 from thrifty.core.region import Blocks
 from thrifty.core.rotated import Rotated
 from thrifty.delta import Delta
+from thrifty.kernels.entry_grad import EntryLayout
 from thrifty.select.targets import targets
 from thrifty.update.linear import LinearPart
 from thrifty.update.low_rank import LowRankPart
@@ -42,9 +56,18 @@ def count(request: pytest.FixtureRequest) -> Iterator[None]:
         print(f"largest logit difference of a merged peer: { {k: f'{v:.1e}' for k, v in _merged.items()} }")
 
 
+@pytest.fixture(autouse=True)
+def forced(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The cell's own way to its gradients, where it names one."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    cell = params.get("cell") or Cell(*params.get("trained", ("", "", "")))
+    with cell.forced():
+        yield
+
+
 def note(invariant: str, cell: Cell) -> None:
     _asked[invariant] += 1
-    _cells.add((cell.name, cell.family, cell.setting))
+    _cells.add((cell.name, cell.family, cell.setting, cell.way or ""))
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +76,11 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     return Trained(Cell(*request.param))
 
 
-def over(cells: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
+def over(cells: list[tuple[str, ...]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("trained", cells, indirect=True, scope="module", ids="-".join)
 
 
-def over_fresh(cells: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
+def over_fresh(cells: list[tuple[str, ...]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("cell", [Cell(*c) for c in cells], ids=["-".join(c) for c in cells])
 
 
@@ -93,6 +116,20 @@ def expected_gradient(tuning: Tuning, name: str, dense: Tensor) -> Tensor:
     g_OI = g_OI.t() if part.transposed else g_OI
     a, b_transposed = leaf.detach().split([g_OI.shape[1], g_OI.shape[0]], dim=1)
     return region.alpha / region.r * torch.cat([b_transposed @ g_OI, a @ g_OI.t()], dim=1)
+
+
+@pytest.mark.parametrize("cell", [Cell(*c) for c in CELLS if len(c) == 4], ids=lambda c: f"{c.name}-{c.family}-{c.way}")
+def test_a_forced_way_is_the_one_taken(cell: Cell) -> None:
+    for part in cell.attach(cell.build())._parts.values():
+        if not isinstance(part, LinearPart):
+            continue
+        layout = part.member.layout
+        if isinstance(layout, EntryLayout):
+            assert layout.sampled == (cell.way == "sampled")
+        else:
+            assert cell.way is not None
+            wanted = [WAYS[cell.way](group) for group in layout.groups]
+            assert [type(way) for way in layout.ways(torch.device("cpu"))] == [type(way) for way in wanted]
 
 
 @over(SELECTING)

@@ -54,10 +54,14 @@ class Sizes(TorchDispatchMode):
     kept=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
     chunk=st.integers(1, 40),
     with_bias=st.booleans(),
+    strided=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_equals_plain_cross_entropy(shape, width, vocab, kept, chunk, with_bias, seed) -> None:
+def test_equals_plain_cross_entropy(shape, width, vocab, kept, chunk, with_bias, strided, seed) -> None:
     hidden, weight, labels, bias = case(shape, width, vocab, kept, seed)
+    if strided:  # every second number of a wider tensor; the labels, tokens first
+        hidden = hidden.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_()
+        labels = labels.transpose(0, -1).contiguous().transpose(0, -1)
     leaves = [hidden, weight, *([bias] if with_bias else [])]
     ours = label_loss(hidden, weight, labels, bias=bias if with_bias else None, chunk=chunk)
     theirs = plain(hidden, weight, labels, bias if with_bias else None)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["Runs", "StripGroup", "Way", "choose"]
 
-# Measured on one AVX-512 core (docs/performance.md).
+# Measured on one AVX-512 core (docs/kernels.md).
 _NARROW = 16  # blocks narrower than this never go one by one; a product is turned so that such a side is not its last
 _LONG = 32  # blocks with longer sides run at full speed one by one
 _PER_LINE = 3  # blocks of a line that pay for gathering them
