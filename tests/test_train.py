@@ -40,8 +40,8 @@ def test_what_a_run_leaves(folder: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert summary == run.summary
     assert {
-        "method", "trainable_parameters", "trainable_share", "train_seconds", "probe_seconds", "tokens_per_second",
-        "peak_memory_bytes", "evaluation", "versions", "seed",
+        "method", "trainable_parameters", "trainable_share", "plan_sha256", "train_seconds", "probe_seconds",
+        "tokens_per_second", "peak_memory_bytes", "evaluation", "versions", "seed",
     } <= summary.keys()  # fmt: skip
     assert summary["method"] == "smt"
     assert summary["seed"] == 7

@@ -150,6 +150,18 @@ class Found:
         ]
         return row(cells)
 
+    def plans(self) -> str:
+        """Which methods chose the same numbers, with the first seed."""
+        chosen: dict[str, list[str]] = {}
+        for name in METHODS:
+            run = load(self.folder / f"final-{name}-{SEEDS[0]}.json")
+            if run:
+                chosen.setdefault(run["plan_sha256"], []).append(name)
+        same = [", ".join(names) for names in chosen.values() if len(names) > 1]
+        if same:
+            return f"Methods that chose exactly the same numbers (seed {SEEDS[0]}): {'; '.join(same)}."
+        return f"No two of the {len(chosen)} methods run with seed {SEEDS[0]} chose the same numbers."
+
     def searches(self) -> list[str]:
         lines = head(("method", f"learning rate: loss after {SEARCH_STEPS} steps", "what was run"))
         for name, entry in METHODS.items():
@@ -189,6 +201,7 @@ def page(folder: Path) -> str:
     parts = [INTRO, found.progress(), "", found.machine(), ""]
     parts += ["## Budget of 1 %", "", *found.group(True), ""]
     parts += ["## Sizes of their own", "", "Each at its own settings; compare the share.", "", *found.group(False), ""]
+    parts += [found.plans(), ""]
     parts += ["## Learning rates and settings", "", *found.searches(), ""]
     if found.failed:
         parts += ["## Failed runs", ""]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -18,7 +20,7 @@ from .low_rank import LowRank
 from .region import Blocks, Region, Whole
 from .rotated import Rotated
 
-__all__ = ["Plan", "kind_of", "plan_from_files", "plan_to_files", "region_from_files"]
+__all__ = ["Plan", "kind_of", "layer_of", "plan_from_files", "plan_to_files", "region_from_files"]
 
 _ATTENTION = re.compile(r"attn|attention|c_attn|qkv|query|key|value|(^|\.)[qkvo]_proj")
 _MLP = re.compile(r"mlp|ffn|feed_forward|experts|moe|fc\d|intermediate|output\.dense|gate_proj|up_proj|down_proj")
@@ -32,7 +34,8 @@ def kind_of(name: str) -> str:
     return "mlp" if _MLP.search(name) else "other"
 
 
-def _layer_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """The number of the layer in a parameter's name, if there is one."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
 
@@ -102,6 +105,14 @@ class Plan(Mapping[str, Region]):
         """Trained numbers over the model's distinct parameters."""
         return self.trainable_parameters / self.total
 
+    def digest(self) -> str:
+        """SHA-256 of what is trained: equal for equal plans."""
+        record, tensors = plan_to_files(self)
+        seen = hashlib.sha256(json.dumps(record["regions"], sort_keys=True).encode())
+        for name in sorted(tensors):
+            seen.update(tensors[name].cpu().contiguous().numpy().tobytes())
+        return seen.hexdigest()
+
     def __str__(self) -> str:
         trained = self.trainable_parameters
         held = sum(  # in a rotated basis every number has its values and state, whichever are trained in a step
@@ -117,7 +128,7 @@ class Plan(Mapping[str, Region]):
         by_layer: Counter[int] = Counter()
         for name, size in self.sizes.items():
             by_kind[kind_of(name)] += size
-            if (layer := _layer_of(name)) is not None:
+            if (layer := layer_of(name)) is not None:
                 by_layer[layer] += size
         lines.append(
             "by kind:  " + "  ".join(f"{k} {n:,} ({100 * n / trained:.0f}%)" for k, n in by_kind.most_common())
@@ -136,8 +147,8 @@ class Plan(Mapping[str, Region]):
         lines = []
         for form in dict.fromkeys(_form(region) for region in self.values()):
             names = [name for name, region in self.items() if _form(region) == form]
-            layers = sorted({layer for name in names if (layer := _layer_of(name)) is not None})
-            outside = "" if all(_layer_of(name) is not None for name in names) else ", others outside"
+            layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+            outside = "" if all(layer_of(name) is not None for name in names) else ", others outside"
             where = f"layers {_ranges(layers)}{outside}" if layers else "outside the layers"
             lines.append(
                 f"{form}: {sum(self.sizes[name] for name in names):,} numbers in {len(names)} tensors, {where}"

@@ -100,6 +100,7 @@ def make_summary(
         "model": config.model,
         "trainable_parameters": tuning.trainable_parameters,
         "trainable_share": tuning.trainable_share,
+        "plan_sha256": tuning.plan.digest(),
         "train_seconds": trainer.clock.seconds,
         "probe_seconds": trainer.record["probe_seconds"],
         "tokens_per_second": trainer.tokens_per_second,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ import torch
 from torch import distributed, nn
 
 from ..core.errors import ThriftyError
-from ..core.plan import Plan, plan_to_files
+from ..core.plan import Plan
 
 __all__ = ["agreeing", "processes"]
 
@@ -36,7 +35,7 @@ def agreeing(model: nn.Module) -> Iterator[Callable[[Plan], None]]:
         yield proposed.append
     finally:
         if processes() > 1:
-            digest = _digest(proposed[0]) if proposed else bytes(_DIGEST)  # zeros: no plan
+            digest = bytes.fromhex(proposed[0].digest()) if proposed else bytes(_DIGEST)  # zeros: no plan
             found = _gathered(digest, device=_device(model))
     if not all(any(other) for other in found):
         raise ThriftyError("another process could not choose a plan: its own message says why")
@@ -45,14 +44,6 @@ def agreeing(model: nn.Module) -> Iterator[Callable[[Plan], None]]:
             "the processes chose different plans, so their leaves would not be the same numbers: give each the same "
             "batches to look at, and let PyTorch compute deterministically (torch.use_deterministic_algorithms)"
         )
-
-
-def _digest(plan: Plan) -> bytes:
-    record, tensors = plan_to_files(plan)
-    seen = hashlib.sha256(json.dumps(record["regions"], sort_keys=True).encode())
-    for name in sorted(tensors):
-        seen.update(tensors[name].cpu().contiguous().numpy().tobytes())
-    return seen.digest()
 
 
 def _gathered(digest: bytes, *, device: torch.device) -> list[list[int]]:
