@@ -48,8 +48,21 @@ VERBS = {
     "eval": ["--delta", "model", "settings"],
     "export": ["--base", "--dtype", "--output", "source"],
     "chat": ["--delta", "--system", "model", "settings"],
+    "delta": ["delta_verb"],
     "methods": ["name"],
     "env": [],
+}
+DELTA_VERBS = {
+    "show": ["--plot", "--rank", "--tensors", "delta"],
+    "verify": ["--base", "delta"],
+    "diff": ["--dtype", "--error", "--output", "base", "tuned"],
+    "add": ["--base", "--output", "--weights", "deltas"],
+    "average": ["--base", "--output", "--weights", "deltas"],
+    "stock": ["--base", "--output", "deltas"],
+    "stack": ["--base", "--output", "deltas"],
+    "scale": ["--base", "--output", "delta", "weight"],
+    "interpolate": ["--weights", "delta", "settings"],
+    "transfer": ["--base", "--output", "delta"],
 }
 KEYS = [
     "model",
@@ -85,13 +98,22 @@ def test_public_names() -> None:
         _ = thrifty.trian
 
 
-def test_verbs_and_options() -> None:
-    (action,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-    found = {
+def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return action.choices
+
+
+def options(verbs: dict[str, argparse.ArgumentParser]) -> dict[str, list[str]]:
+    return {
         verb: sorted(a.option_strings[-1] if a.option_strings else a.dest for a in sub._actions if a.dest != "help")
-        for verb, sub in action.choices.items()
+        for verb, sub in verbs.items()
     }
-    assert found == VERBS
+
+
+def test_verbs_and_options() -> None:
+    verbs = verbs_of(parser())
+    assert options(verbs) == VERBS
+    assert options(verbs_of(verbs["delta"])) == DELTA_VERBS
 
 
 def test_keys_of_a_run_file() -> None:

@@ -15,6 +15,7 @@ from thrifty import __version__
 from thrifty.core.errors import ThriftyError, nearest
 
 from . import verbs
+from .delta_verbs import add_delta_verbs
 
 __all__ = ["main", "parser"]
 
@@ -93,6 +94,9 @@ def parser() -> argparse.ArgumentParser:
     _model(chat)
     _settings(chat, "how it is loaded: dtype=bfloat16 tokenizer=...")
     chat.add_argument("--system", metavar="TEXT", help="what the model is told first")
+
+    deltas = all_verbs.add_parser("delta", help="Look into deltas, combine and convert them")
+    add_delta_verbs(deltas, _Parser)
 
     methods = verb("methods", "List the methods, one name a line, or describe one", verbs.methods)
     methods.add_argument("name", nargs="?", help="the method to describe")

@@ -26,7 +26,7 @@ from .low_rank import LowRankPiece
 from .piece import LazyPieces, Piece
 from .vocabulary import NewTokens
 
-__all__ = ["average", "combine", "model_stock", "stack", "transfer"]
+__all__ = ["average", "combine", "dense_change", "model_stock", "stack", "transfer"]
 
 Base = Mapping[str, Tensor]
 
@@ -56,7 +56,7 @@ def model_stock(one: Delta, other: Delta, *, base: Base | None = None) -> Delta:
     def weights(name: str, present: Sequence[tuple[AnyPiece, float]]) -> list[float]:
         if len(present) < 2:
             return [0.0] * len(present)  # the other did not move: a right angle
-        a, b = (_dense_change(piece) for piece, _ in present)
+        a, b = (dense_change(piece) for piece, _ in present)
         cosine = float((a * b).sum() / (a.norm() * b.norm()).clamp_min(torch.finfo(a.dtype).tiny))
         return [max(0.0, cosine / (1 + cosine)) if cosine > -1 else 0.0] * 2
 
@@ -107,13 +107,13 @@ def _sum(name: str, terms: Sequence[tuple[AnyPiece, float]], region: Region, bas
         return LowRankPiece.of(_base_tensor(name, first, base), left, right, region=region)
     total, original = torch.zeros(first.shape, dtype=torch.float64), torch.zeros(first.shape, dtype=first.dtype)
     for piece, weight in terms:
-        total += weight * _dense_change(piece)
+        total.add_(dense_change(piece), alpha=weight)
         if isinstance(piece, Piece):
             piece.region.scatter_(original, piece.original)
     if any(isinstance(piece, LowRankPiece) for piece, _ in terms):
         original = _base_tensor(name, first, base)
     kept = region.gather(original)
-    values = (kept.double() + region.gather(total)).to(first.dtype)
+    values = region.gather(total).add_(kept).to(first.dtype)
     return Piece(region, first.shape, values, kept, first.fingerprint)
 
 
@@ -213,10 +213,12 @@ def _union(regions: Sequence[Region], shape: tuple[int, ...]) -> Region:
     return pairs[0] if len(pairs) == 1 else LowRank(rank, float(rank))
 
 
-def _dense_change(piece: AnyPiece) -> Tensor:
+def dense_change(piece: AnyPiece) -> Tensor:
     """float64, zero outside the region."""
     if isinstance(piece, LowRankPiece):
         return piece.region.scale * (piece.left.double() @ piece.right.double())
+    if isinstance(piece.region, Whole):
+        return piece.change().view(piece.shape)
     dense = torch.zeros(piece.shape, dtype=torch.float64)
     piece.region.scatter_(dense, piece.change())
     return dense

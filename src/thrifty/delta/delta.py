@@ -25,7 +25,9 @@ from .files import FORMAT, JSON, AnyPiece, read_head, read_pieces, write_folder
 from .piece import LazyPieces, Piece
 from .vocabulary import NewTokens, vocabulary_tensors
 
-__all__ = ["Delta"]
+__all__ = ["APPLIED", "Delta"]
+
+APPLIED = "_thrifty_applied_deltas"  # on a model: how many deltas lie on what its folder holds
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -84,6 +86,7 @@ class Delta:
                 self._fill(model, first=self.new_tokens.base_rows)
             self._write(model)
             undo.pop_all()
+        setattr(model, APPLIED, getattr(model, APPLIED, 0) + 1)
         return model
 
     def _fill(self, model: nn.Module, *, first: int) -> None:
@@ -120,6 +123,7 @@ class Delta:
             tensors[name].data.copy_(piece.base_of(tensors[name]))
         if self.new_tokens is not None:
             self.new_tokens.shrink(model)
+        setattr(model, APPLIED, getattr(model, APPLIED, 0) - 1)
         return model
 
     def save(self, folder: str | os.PathLike[str]) -> None:

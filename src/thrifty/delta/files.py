@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.errors import ThriftyError
 from ..core.files import new_folder
+from ..core.heap import trim_heap
 from ..core.low_rank import LowRank
 from ..core.plan import Plan, region_from_files
 from ..core.region import Region
@@ -43,6 +44,7 @@ def write_folder(folder: Path, head: Mapping[str, Any], pieces: Mapping[str, Any
                 digests = {key: fingerprint(tensor) for key, tensor in held.items()}
                 of = {"region": region, "of": list(piece.shape), "base_sha256": piece.fingerprint}
                 records[name] = of | record | {"sha256": digests}
+                trim_heap()  # sums and low-rank pieces pass through tensors of other sizes
         text = json.dumps(dict(head) | {"tensors": records}, indent=1) + "\n"
         (aside / JSON).write_text(text, encoding="utf-8")
 

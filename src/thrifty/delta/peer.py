@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ThriftyError
 from ..core.files import new_folder
-from .delta import Delta, _parameters
+from .delta import APPLIED, Delta, _parameters
 from .digest import fingerprint
 from .files import FORMAT, JSON, refuse_other
 
@@ -88,6 +88,7 @@ class PeerDelta(Delta):
         merged, self.difference = merge(wrapped)
         now = dict(merged.named_parameters(remove_duplicate=False))
         self._originals = {n: t for n, t in originals.items() if n in now and not torch.equal(now[n].detach(), t)}
+        setattr(merged, APPLIED, getattr(merged, APPLIED, 0) + 1)
         return merged
 
     @torch.no_grad()
@@ -99,6 +100,7 @@ class PeerDelta(Delta):
         for name, values in self._originals.items():
             parameters[name].copy_(values)
         self._originals = {}
+        setattr(model, APPLIED, getattr(model, APPLIED, 0) - 1)
         return model
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -54,7 +54,7 @@ class Piece:
 
     def change(self) -> Tensor:
         """How far the packed values moved, float64."""
-        return self.values.double() - self.original.double()
+        return self.values.double().sub_(self.original)
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a file needs to hold: a JSON record, and tensors by what they are."""
@@ -99,6 +99,9 @@ class LazyPieces(Mapping[str, P]):
         if name not in self.plan:
             raise KeyError(name)
         return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.plan  # without making the piece
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.plan)

@@ -8,9 +8,9 @@ import inspect
 import os
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from thrifty.core import registry
 from thrifty.core.budget import Budget
@@ -23,6 +23,8 @@ from .typed import TypeMismatch, takes_text, typed
 from .yaml_source import Document, apply_overrides, dump_yaml, plain, read_document
 
 __all__ = ["DataConfig", "EvalConfig", "RunConfig", "load_config", "training_fields"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class EvalConfig:
 class RunConfig:
     """One run. `training` holds the fields of transformers.TrainingArguments that were given, under their own names."""
 
-    model: str
+    model: str | dict[str, Any]  # a name, or {base: ..., deltas: [...]}
     tokenizer: str | None = None  # None: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
@@ -161,14 +163,15 @@ class _Reader:
         found["eval"] = self.eval(has_rows=bool(found["data"].eval))
         found["method"], method = self.method()
         if self.values.get("budget") is not None:
-            found["budget"] = self.budget()
+            found["budget"] = self.checked("budget", lambda: Budget.parse(self.values["budget"]))
         if found.get("add_tokens") is not None:
             from .new_tokens import check_tokens  # it loads torch
 
-            try:
-                check_tokens(found["add_tokens"], method)
-            except ThriftyError as error:
-                raise self.fail("add_tokens", str(error)) from None
+            self.checked("add_tokens", lambda: check_tokens(found["add_tokens"], method))
+        if isinstance(found.get("model"), dict):
+            from .model import base_and_deltas  # it loads torch
+
+            self.checked("model", lambda: base_and_deltas(found["model"]))
         self.required(found, needs_training_data=needs_training_data)
         if not found["data"].eval and training.get("eval_strategy", "no") != "no":
             raise self.fail("eval_strategy", "eval_strategy needs data.eval: rows to evaluate on")
@@ -255,10 +258,7 @@ class _Reader:
         if not value.get("path"):
             raise self.fail(key, f"{key}.path is missing: a file or a hub id")
         found = {name: self.typed(f"{key}.{name}", item, kinds[name]) for name, item in value.items()}
-        try:
-            return Source(**found)
-        except ThriftyError as error:
-            raise self.fail(key, str(error)) from None
+        return self.checked(key, lambda: Source(**found))
 
     def eval(self, *, has_rows: bool) -> EvalConfig:
         hints = typing.get_type_hints(EvalConfig)
@@ -283,11 +283,12 @@ class _Reader:
             named = [key for key, given in pairs if {repr(key), repr(given)} & set(re.findall(r"'[^']*'", str(error)))]
             raise self.fail(".".join(["method", *value, *named[:1]] if named else ["method"]), str(error)) from None
 
-    def budget(self) -> Budget:
+    def checked(self, key: str, make: Callable[[], T]) -> T:
+        """What `make` gives; its ThriftyError, with the place of `key`."""
         try:
-            return Budget.parse(self.values["budget"])
+            return make()
         except ThriftyError as error:
-            raise self.fail("budget", str(error)) from None
+            raise self.fail(key, str(error)) from None
 
 
 def _source_dict(source: Source) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from thrifty.objective.heads import unwrapped
 
 from .config import EvalConfig, RunConfig
 from .evaluation import Answered, answer_all, choose, evaluating, file_loss, mean_loss, option_lists, questions
-from .model import apply_delta, load_model, load_tokenizer
+from .model import ModelName, apply_delta, load_model, load_tokenizer
 
-__all__ = ["evaluate", "run_eval"]
+__all__ = ["evaluate", "examples_of", "run_eval"]
 
 T = TypeVar("T")
 
@@ -91,17 +91,22 @@ def _write_answers(answered: Sequence[Answered], file: Path) -> None:
     write_text(file, "".join(lines))
 
 
-def run_eval(model: str, *, delta: str | None, config: RunConfig) -> dict[str, float]:
+def run_eval(model: ModelName, *, delta: str | None, config: RunConfig) -> dict[str, float]:
     """Load a model (an embedded name, a folder, a hub id), put `delta` on it, and evaluate it as `config` says.
 
     On the accelerator where there is one. Nothing is written.
     """
-    if not config.data.eval and not config.eval.forgetting:
-        raise ThriftyError("nothing to measure: give data.eval=rows.jsonl, or eval.forgetting=text.txt")
-    examples = load(config.data.eval, seed=config.seed) if config.data.eval else []
+    examples = examples_of(config)
     tokenizer = load_tokenizer(config.tokenizer or model, trust_remote_code=config.trust_remote_code)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     loaded: nn.Module = load_model(model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=device)
     if delta is not None:
         loaded = apply_delta(delta, model=loaded, tokenizer=tokenizer)
     return evaluate(loaded, tokenizer, examples, config.eval, max_length=config.max_length)
+
+
+def examples_of(config: RunConfig) -> Sequence[Example]:
+    """The rows to evaluate on, if any. ThriftyError where there is nothing to measure at all."""
+    if not config.data.eval and not config.eval.forgetting:
+        raise ThriftyError("nothing to measure: give data.eval=rows.jsonl, or eval.forgetting=text.txt")
+    return load(config.data.eval, seed=config.seed) if config.data.eval else []

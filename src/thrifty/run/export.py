@@ -14,7 +14,7 @@ from thrifty.data import chat_template
 
 from .embedded import no_progress_bars
 from .folder import locate
-from .model import apply_delta, load_model, load_tokenizer, resolve
+from .model import apply_delta, base_and_deltas, load_model, load_tokenizer, resolve
 
 __all__ = ["export"]
 
@@ -37,7 +37,7 @@ def export(source: str, *, output: str, base: str | None = None, dtype: str | No
     if place.delta is None:
         raise ThriftyError(f"{source} is no folder of a run or of a delta: there is nothing to export")
     target = Path(output)
-    _refuse_used(target, base=config.model)
+    _refuse_used(target, base=base_and_deltas(config.model)[0])
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     model = apply_delta(place.delta, model=model, tokenizer=tokenizer)

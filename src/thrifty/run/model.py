@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,10 +17,43 @@ from thrifty.delta import Delta
 
 from .embedded import EMBEDDED, embedded_folder, no_progress_bars
 
-__all__ = ["apply_delta", "load_model", "load_tokenizer", "resolve"]
+__all__ = ["ModelName", "apply_delta", "base_and_deltas", "delta_folder", "load_model", "load_tokenizer", "resolve"]
+
+# an embedded name, a folder or a hub id; or `{"base": one of these, "deltas": [folders]}`
+ModelName = str | Path | Mapping[str, Any]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def base_and_deltas(spec: ModelName) -> tuple[str, list[str]]:
+    """The base model, and the folders of the deltas that are applied to it, in order. ThriftyError where a mapping is
+    not `{base: ..., deltas: [...]}`."""
+    if not isinstance(spec, Mapping):
+        return str(spec), []
+    for key in spec:
+        if key not in ("base", "deltas"):
+            raise ThriftyError(unknown("key", f"model.{key}", ["model.base", "model.deltas"]))
+    base, deltas = spec.get("base"), spec.get("deltas", [])
+    if not isinstance(base, str) or not base:
+        raise ThriftyError("model.base is missing: an embedded name, a folder or a hub id")
+    if not isinstance(deltas, list | tuple) or not all(isinstance(folder, str) for folder in deltas):
+        raise ThriftyError(f"model.deltas must be a list of folders of deltas or runs, not {deltas!r}")
+    return base, list(deltas)
+
+
+def delta_folder(source: str | Path) -> Path:
+    """`source` where it is a delta, its `delta/` where it is a run. ThriftyError where it is neither."""
+    folder = Path(source)
+    for place in (folder, folder / "delta"):
+        if (place / "delta.json").is_file():
+            return place
+    if not folder.exists():
+        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        close = nearest(folder.name, beside)
+        hint = f" (did you mean {str(folder.parent / close)!r}?)" if close else ""
+        raise ThriftyError(f"{source}: no such folder{hint}; give the folder of a delta or of a run")
+    raise ThriftyError(f"{source} is no folder of a delta or of a finished run: it holds no delta.json")
 
 
 def resolve(spec: str | Path) -> str:
@@ -41,7 +76,7 @@ def resolve(spec: str | Path) -> str:
 
 
 def load_model(
-    spec: str | Path,
+    spec: ModelName,
     *,
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
@@ -50,7 +85,8 @@ def load_model(
     """The causal language model `spec`, in evaluation mode.
 
     Args:
-        spec: an embedded name (`smollm2-135m`), a folder, or a hub id.
+        spec: an embedded name (`smollm2-135m`), a folder, or a hub id; with deltas to apply, `{"base": ..., "deltas":
+            [...]}`.
         dtype: what the weights are held in: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
         trust_remote_code: whether Python files that come with the checkpoint may run.
         device: where to put it; the CPU by default.
@@ -63,6 +99,16 @@ def load_model(
     """
     if not isinstance(dtype, torch.dtype) and dtype not in _DTYPES:
         raise ThriftyError(unknown("dtype", str(dtype), _DTYPES))
+    base, deltas = base_and_deltas(spec)
+    model = _load_base(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    for folder in deltas:
+        applied = Delta.load(delta_folder(folder)).apply(model)
+        assert isinstance(applied, PreTrainedModel)
+        model = applied
+    return model if device is None else model.to(device)
+
+
+def _load_base(spec: str, *, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     source = resolve(spec)
     local = Path(source).is_dir()
     if local:
@@ -77,17 +123,18 @@ def load_model(
                 output_loading_info=True,
             )
     except (OSError, ValueError, SafetensorError) as error:
-        raise _not_loaded("model", str(spec), source, error) from error
+        raise _not_loaded("model", spec, source, error) from error
     if missing := sorted(report["missing_keys"]):
         raise ThriftyError(
-            f"model {str(spec)!r} lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]!r}: "
+            f"model {spec!r} lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]!r}: "
             "the checkpoint is incomplete or not one of a causal language model"
         )
-    return model if device is None else model.to(device)
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
-def load_tokenizer(spec: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of `spec`, which is written as for `load_model`.
+def load_tokenizer(spec: ModelName, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `spec`, which is written as for `load_model`; it knows the tokens that deltas added.
 
     Where there is no padding token, the end-of-text token (else the unknown one) pads: nothing is added to the
     vocabulary, and padding is told from text by the attention mask and the labels, never by its id.
@@ -95,24 +142,28 @@ def load_tokenizer(spec: str | Path, *, trust_remote_code: bool = False) -> PreT
     Raises:
         ThriftyError: no tokenizer under `spec`, or one without any token to pad with.
     """
+    spec, deltas = base_and_deltas(spec)
     source = resolve(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise _not_loaded("tokenizer", str(spec), source, error) from error
+        raise _not_loaded("tokenizer", spec, source, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise ThriftyError(
-            f"tokenizer {str(spec)!r} has no padding, end-of-text or unknown token to pad rows with: "
+            f"tokenizer {spec!r} has no padding, end-of-text or unknown token to pad rows with: "
             "set pad_token in its tokenizer_config.json"
         )
+    for folder in deltas:
+        if (new := Delta.load(delta_folder(folder)).new_tokens) is not None:
+            new.extend(tokenizer)
     return tokenizer
 
 
 def apply_delta(folder: str | Path, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Put the delta in `folder` on its base `model`, and teach `tokenizer` the tokens that were added to it."""
-    delta = Delta.load(folder)
+    delta = Delta.load(delta_folder(folder))
     if delta.new_tokens is not None:
         delta.new_tokens.extend(tokenizer)
     applied = delta.apply(model)

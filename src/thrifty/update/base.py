@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.errors import ThriftyError
+from ..delta.delta import APPLIED
 
 __all__ = ["base_tensors", "can_read_base"]
 
 
 def can_read_base(model: nn.Module) -> bool:
-    """Was `model` loaded from a local folder of safetensors, without quantization?"""
-    if not isinstance(model, PreTrainedModel) or getattr(model, "is_quantized", False):
+    """Was `model` loaded from a local folder of safetensors, without quantization, and no delta applied since?"""
+    if not isinstance(model, PreTrainedModel) or getattr(model, "is_quantized", False) or getattr(model, APPLIED, 0):
         return False
     folder = Path(str(model.name_or_path or "/nonexistent"))
     # a class that the folder was not saved from would get fresh random weights for what the folder lacks
