@@ -16,15 +16,16 @@ from ..core.low_rank import LowRank
 from ..core.plan import Plan, region_from_files
 from ..core.region import Region
 from ..core.tensor_file import TensorFile, TensorWriter, unique_keys
+from .coded import CodedPiece
 from .digest import fingerprint
 from .low_rank import LowRankPiece
 from .piece import LazyPieces, Piece
 
-__all__ = ["FORMAT", "JSON", "AnyPiece", "read_head", "read_pieces", "refuse_other", "write_folder"]
+__all__ = ["FORMAT", "JSON", "AnyPiece", "nbytes", "read_head", "read_pieces", "refuse_other", "write_folder"]
 
 FORMAT = 1
 JSON, TENSORS = "delta.json", "delta.safetensors"
-AnyPiece = Piece | LowRankPiece
+AnyPiece = Piece | LowRankPiece | CodedPiece
 
 
 def write_folder(folder: Path, head: Mapping[str, Any], pieces: Mapping[str, AnyPiece]) -> None:
@@ -82,7 +83,7 @@ def read_pieces(folder: Path, head: Mapping[str, Any]) -> LazyPieces[AnyPiece]:
         return tensor
 
     def piece(name: str) -> AnyPiece:
-        kind = _kind(plan[name])
+        kind = _kind(records[name], plan[name])
         held = {key: read(name, key) for key in kind.HELD}
         return kind.from_files(records[name], held, region=plan[name], shape=plan.shapes[name])  # type: ignore[arg-type]
 
@@ -92,7 +93,7 @@ def read_pieces(folder: Path, head: Mapping[str, Any]) -> LazyPieces[AnyPiece]:
         index = read(name, "index") if f"index:{name}" in file else None
         region, shape = region_from_files(record["region"], index), tuple(int(n) for n in record["of"])
         region.check(name, shape)
-        kind = _kind(region)
+        kind = _kind(record, region)
         outlines = {key: file.outlines[f"{key}:{name}"] for key in kind.HELD}
         kind.check(name, record, outlines, region=region, shape=shape)  # type: ignore[arg-type]
         regions[name], shapes[name] = region, shape
@@ -100,5 +101,14 @@ def read_pieces(folder: Path, head: Mapping[str, Any]) -> LazyPieces[AnyPiece]:
     return LazyPieces(plan, piece)
 
 
-def _kind(region: Region) -> type[Piece] | type[LowRankPiece]:
+def _kind(record: Mapping[str, Any], region: Region) -> type[AnyPiece]:
+    if "coding" in record:
+        return CodedPiece
     return LowRankPiece if isinstance(region, LowRank) else Piece
+
+
+def nbytes(piece: AnyPiece) -> int:
+    """What a piece takes in `delta.safetensors`."""
+    _, index = piece.region.to_files()
+    held = list(piece.to_files()[1].values()) + ([] if index is None else [index])
+    return sum(tensor.nbytes for tensor in held)
