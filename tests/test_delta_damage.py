@@ -47,6 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Without the checksums, which whoever means harm would correct too."""
     head = json.loads((folder / "delta.json").read_text())
+    del head["sha256"]
     for entry in head["tensors"].values():
         del entry["sha256"]
     return head, load_file(folder / "delta.safetensors")
@@ -141,6 +142,13 @@ def test_a_flipped_byte_is_noticed(whole: Path, tmp_path: Path, key: str) -> Non
     with pytest.raises(ThriftyError, match=f"{key} of {NAME} is not what was saved: make or copy the delta again"):
         Delta.load(folder).apply(base)
     assert all(torch.equal(p, b) for p, b in zip(base.parameters(), before, strict=True))
+
+
+def test_an_edited_record_is_noticed(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "d")
+    text = (folder / "delta.json").read_text()
+    (folder / "delta.json").write_text(text.replace('"random_blocks"', '"random_block"'))
+    refused(folder, "delta.json is not what was saved: make or copy the delta again")
 
 
 def test_a_key_that_comes_twice_is_refused(whole: Path, tmp_path: Path) -> None:

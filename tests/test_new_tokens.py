@@ -174,6 +174,7 @@ def test_a_delta_that_does_not_fit_leaves_the_vocabulary_as_it_was(tmp_path: Pat
         delta.apply(other)
     delta.save(tmp_path / "delta")
     head = json.loads((tmp_path / "delta" / "delta.json").read_text())
+    del head["sha256"]
     for key, value in (("rows", 96), ("base_rows", 0), ("ids", {"<tool>": 99})):
         broken = head | {"new_tokens": head["new_tokens"] | {key: value}}
         (tmp_path / "delta" / "delta.json").write_text(json.dumps(broken), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Deltas as vectors: sums, averages, one on top of another, and the same change on another base.
 
 A result is made tensor by tensor when it is asked for (applied, saved), so that one tensor is in memory. Sums are taken
-in float64 and rounded once to the tensor's dtype. Low-rank pairs stay pairs where they can; their sums need the base's
-values, which the pairs do not hold.
+in float64 and rounded once to the tensor's dtype. Low-rank pairs stay pairs where they can; their sums, and those of
+compressed pieces, need the base's values, which neither hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ..core.entries import union
 from ..core.errors import ThriftyError
 from ..core.low_rank import LowRank
 from ..core.plan import Plan
-from ..core.region import Region, Whole
+from ..core.region import EveryNumber, Region, Whole
+from .coded import CodedPiece
 from .delta import Delta
 from .digest import fingerprint
 from .files import AnyPiece
@@ -35,7 +36,7 @@ def combine(terms: Sequence[tuple[Delta, float]], *, base: Base | None = None) -
     """base + the sum of weight x change: adding, scaling, interpolating.
 
     terms: deltas of one base with a weight each. base: the base's tensors by name, where the deltas hold low-rank pairs
-    that do not stay as they are. ThriftyError where two deltas are of different bases.
+    or compressed pieces that do not stay as they are. ThriftyError where two deltas are of different bases.
     """
     return _combined(terms, lambda name, present: [weight for _, weight in present], base=base, what="sum")
 
@@ -101,16 +102,16 @@ def _sum(name: str, terms: Sequence[tuple[AnyPiece, float]], region: Region, bas
     if len(terms) == 1 and terms[0][1] == 1.0 and first.region == region:
         return first
     if isinstance(region, LowRank):
-        pieces = [(p, w) for p, w in terms if isinstance(p, LowRankPiece)]
-        left = torch.cat([p.left * (p.region.scale * w) for p, w in pieces], dim=1)
-        right = torch.cat([p.right for p, _ in pieces])
+        pairs = [(*p.factors(), w) for p, w in terms if not isinstance(p, Piece)]
+        left = torch.cat([left * (w / region.scale) for left, _, w in pairs], dim=1)
+        right = torch.cat([right for _, right, _ in pairs])
         return LowRankPiece.of(_base_tensor(name, first, base), left, right, region=region)
     total, original = torch.zeros(first.shape, dtype=torch.float64), torch.zeros(first.shape, dtype=first.dtype)
     for piece, weight in terms:
         total.add_(dense_change(piece), alpha=weight)
         if isinstance(piece, Piece):
             piece.region.scatter_(original, piece.original)
-    if any(isinstance(piece, LowRankPiece) for piece, _ in terms):
+    if not all(isinstance(piece, Piece) for piece, _ in terms):
         original = _base_tensor(name, first, base)
     kept = region.gather(original)
     values = region.gather(total).add_(kept).to(first.dtype)
@@ -120,7 +121,7 @@ def _sum(name: str, terms: Sequence[tuple[AnyPiece, float]], region: Region, bas
 def stack(first: Delta, second: Delta, *, base: Base | None = None) -> Delta:
     """One delta that does what `first` and then `second` do, where `second` was trained on top of `first`. Exact.
 
-    base: the base's tensors by name, needed where one of two pieces of the same tensor is a low-rank pair."""
+    base: the base's tensors by name, needed where one of two pieces of a tensor is a low-rank pair or compressed."""
     plans = [_plan(first), _plan(second)]
     names = dict.fromkeys([*plans[0], *plans[1]])
     regions: dict[str, Region] = {}
@@ -184,6 +185,8 @@ def transfer(delta: Delta, base: Base) -> Delta:
         if isinstance(old, LowRankPiece):
             return LowRankPiece.of(tensor.to(old.dtype), old.left, old.right, region=old.region)
         tensor = tensor.to(old.dtype)
+        if isinstance(old, CodedPiece):
+            return old.on(name, tensor)
         original = old.region.gather(tensor)
         values = (original.double() + old.change().view_as(original)).to(old.dtype)
         return Piece(old.region, old.shape, values, original, fingerprint(tensor))
@@ -215,9 +218,7 @@ def _union(regions: Sequence[Region], shape: tuple[int, ...]) -> Region:
 
 def dense_change(piece: AnyPiece) -> Tensor:
     """float64, zero outside the region."""
-    if isinstance(piece, LowRankPiece):
-        return piece.region.scale * (piece.left.double() @ piece.right.double())
-    if isinstance(piece.region, Whole):
+    if isinstance(piece.region, EveryNumber):
         return piece.change().view(piece.shape)
     dense = torch.zeros(piece.shape, dtype=torch.float64)
     piece.region.scatter_(dense, piece.change())
@@ -226,7 +227,9 @@ def dense_change(piece: AnyPiece) -> Tensor:
 
 def _base_tensor(name: str, piece: AnyPiece, base: Base | None) -> Tensor:
     if base is None or name not in base:
-        raise ThriftyError(f"{name} was changed by a low-rank pair, whose sum needs the base: give the base model")
+        raise ThriftyError(
+            f"{name} was changed by a low-rank pair or is compressed, which needs the base: give the base model"
+        )
     tensor = base[name].detach().to("cpu", piece.dtype)
     if fingerprint(tensor) != piece.fingerprint:
         raise ThriftyError(f"{name} differs from the base of this delta: another base, or a changed one")

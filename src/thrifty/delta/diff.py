@@ -128,11 +128,11 @@ def _pair_if_smaller(before: Tensor, after: Tensor, region: Region, *, error: fl
 
 
 def low_rank_factors(change: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest product of `left` `[rows, rank]` and `right` `[rank, columns]` (float32) to the matrix `change`; the
-    singular values are shared out evenly."""
+    """The nearest product of `left` `[..., rows, rank]` and `right` `[..., rank, columns]` (float32) to each matrix of
+    `change`; the singular values are shared out evenly."""
     u, s, v = torch.linalg.svd(change.float(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return (u[:, :rank] * root).contiguous(), (root[:, None] * v[:rank]).contiguous()
+    root = s[..., :rank].sqrt()
+    return (u[..., :rank] * root[..., None, :]).contiguous(), (root[..., None] * v[..., :rank, :]).contiguous()
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ time. Everything is checked against the file's header when a folder is opened, b
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +18,16 @@ from ..core.low_rank import LowRank
 from ..core.plan import Plan, region_from_files
 from ..core.region import Region
 from ..core.tensor_file import TensorFile, TensorWriter, unique_keys
+from .coded import CodedPiece
 from .digest import fingerprint
 from .low_rank import LowRankPiece
 from .piece import LazyPieces, Piece
 
-__all__ = ["FORMAT", "JSON", "AnyPiece", "read_head", "read_pieces", "refuse_other", "write_folder"]
+__all__ = ["FORMAT", "JSON", "AnyPiece", "nbytes", "read_head", "read_pieces", "refuse_other", "write_folder"]
 
 FORMAT = 1
 JSON, TENSORS = "delta.json", "delta.safetensors"
-AnyPiece = Piece | LowRankPiece
+AnyPiece = Piece | LowRankPiece | CodedPiece
 
 
 def write_folder(folder: Path, head: Mapping[str, Any], pieces: Mapping[str, AnyPiece]) -> None:
@@ -45,8 +47,14 @@ def write_folder(folder: Path, head: Mapping[str, Any], pieces: Mapping[str, Any
                 of = {"region": region, "of": list(piece.shape), "base_sha256": piece.fingerprint}
                 records[name] = of | record | {"sha256": digests}
                 trim_heap()  # sums and low-rank pieces pass through tensors of other sizes
-        text = json.dumps(dict(head) | {"tensors": records}, indent=1) + "\n"
+        plain = json.loads(json.dumps(dict(head) | {"tensors": records}))
+        text = json.dumps(plain | {"sha256": _digest(plain)}, indent=1) + "\n"
         (aside / JSON).write_text(text, encoding="utf-8")
+
+
+def _digest(head: Mapping[str, Any]) -> str:
+    """SHA-256 of `delta.json` without this sum itself: keys sorted, no spaces."""
+    return hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def refuse_other(folder: Path) -> None:
@@ -68,6 +76,9 @@ def read_head(folder: Path) -> dict[str, Any]:
         raise ThriftyError(f"{path} describes no delta that this version knows")
     if head.get("format") != FORMAT:
         raise ThriftyError(f"{path} has format {head.get('format')!r}, this version reads {FORMAT}: upgrade thrifty")
+    found = head.pop("sha256", None)  # older deltas have none
+    if found is not None and found != _digest(head):
+        raise ThriftyError(f"{path} is not what was saved: make or copy the delta again")
     return head
 
 
@@ -84,7 +95,7 @@ def read_pieces(folder: Path, head: Mapping[str, Any]) -> LazyPieces[AnyPiece]:
         return tensor
 
     def piece(name: str) -> AnyPiece:
-        kind = _kind(plan[name])
+        kind = _kind(records[name], plan[name])
         held = {key: read(name, key) for key in kind.HELD}
         return kind.from_files(records[name], held, region=plan[name], shape=plan.shapes[name])  # type: ignore[arg-type]
 
@@ -94,7 +105,7 @@ def read_pieces(folder: Path, head: Mapping[str, Any]) -> LazyPieces[AnyPiece]:
         index = read(name, "index") if f"index:{name}" in file else None
         region, shape = region_from_files(record["region"], index), tuple(int(n) for n in record["of"])
         region.check(name, shape)
-        kind = _kind(region)
+        kind = _kind(record, region)
         outlines = {key: file.outlines[f"{key}:{name}"] for key in kind.HELD}
         kind.check(name, record, outlines, region=region, shape=shape)  # type: ignore[arg-type]
         regions[name], shapes[name] = region, shape
@@ -102,5 +113,14 @@ def read_pieces(folder: Path, head: Mapping[str, Any]) -> LazyPieces[AnyPiece]:
     return LazyPieces(plan, piece)
 
 
-def _kind(region: Region) -> type[Piece] | type[LowRankPiece]:
+def _kind(record: Mapping[str, Any], region: Region) -> type[AnyPiece]:
+    if "coding" in record:
+        return CodedPiece
     return LowRankPiece if isinstance(region, LowRank) else Piece
+
+
+def nbytes(piece: AnyPiece) -> int:
+    """What a piece takes in `delta.safetensors`."""
+    _, index = piece.region.to_files()
+    held = list(piece.to_files()[1].values()) + ([] if index is None else [index])
+    return sum(tensor.nbytes for tensor in held)

@@ -8,12 +8,10 @@ a bit per number of a float32 matrix and a fifth of a bit of a bfloat16 one.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,15 +19,10 @@ from ..core.errors import ThriftyError
 from ..core.low_rank import LowRank
 from ..core.tensor_file import Outline
 from ..kernels.low_rank import add_product, subtract_product
+from .back import pack_back, unpack_back
 from .digest import fingerprint
 
 __all__ = ["LowRankPiece"]
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().view(_BITS[tensor.dtype.itemsize])
 
 
 @dataclass(frozen=True)
@@ -51,10 +44,16 @@ class LowRankPiece:
         """The change of `base` by the factors."""
         trained = add_product(base, left, right, scale=region.scale)
         guess = subtract_product(trained, left, right, scale=region.scale)
-        lost = _bits(base) - _bits(guess)  # wraps around, so that adding it again is exact whatever the values are
-        back = torch.frombuffer(bytearray(zlib.compress(lost.numpy().tobytes())), dtype=torch.uint8)
         factors = left.detach().cpu().contiguous(), right.detach().cpu().contiguous()
-        return cls(region, tuple(base.shape), base.dtype, *factors, back, fingerprint(base))
+        return cls(region, tuple(base.shape), base.dtype, *factors, pack_back(base, guess), fingerprint(base))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`left`, with the scale in it, and `right`: their product is the change."""
+        return self.left * self.region.scale, self.right
+
+    def change(self) -> Tensor:
+        """How far the matrix moves, float64."""
+        return self.region.scale * (self.left.double() @ self.right.double())
 
     def _factors(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         return self.left.to(tensor.device), self.right.to(tensor.device)
@@ -66,16 +65,7 @@ class LowRankPiece:
     def base_of(self, tensor: Tensor) -> Tensor:
         """The base of the trained `tensor`."""
         guess = subtract_product(tensor, *self._factors(tensor), scale=self.region.scale)
-        bits = _bits(guess)
-        size = bits.numel() * bits.dtype.itemsize
-        try:
-            data = zlib.decompressobj().decompress(self.back.numpy().tobytes(), size)
-        except zlib.error as error:
-            raise ThriftyError(f"this delta is damaged ({error}): make or copy it again") from None
-        if len(data) != size:
-            raise ThriftyError("this delta is damaged: what takes a low-rank pair back is cut off; copy it again")
-        lost = torch.from_numpy(np.frombuffer(bytearray(data), dtype=bits.numpy().dtype)).view(bits.shape)
-        return (bits + lost).view(guess.dtype).to(tensor.device)
+        return unpack_back(self.back, guess).to(tensor.device)
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a file needs to hold: a JSON record, and tensors by what they are."""
