@@ -156,9 +156,9 @@ class Deltas:
         ThriftyError for a module that does not see one row for each request (stacked experts, which get the tokens of
         all rows together), and at the end for one that was not called though its weights changed. Beam search and
         `num_return_sequences` make more rows than requests and are refused. That the first axis is the batch can only
-        be judged by its size. Where gradients are wanted of layers that are computed again in backward, backward belongs
-        inside the block. After Zhao et al. 2024, "LoRA Land" (LoRAX's heterogeneous batches; the abstract only),
-        without the server.
+        be judged by its size. Where layers are computed again in backward (gradient checkpointing), backward
+        belongs inside the block. After Zhao et al. 2024, "LoRA Land" (LoRAX's heterogeneous batches; the abstract
+        only), without the server.
         """
         names = self._requested(requests)
         with self.using(None):
