@@ -13,7 +13,7 @@ from thrifty.core.registry import get
 from thrifty.run.about import describe
 from thrifty.run.config import DataConfig, EvalConfig, RunConfig
 
-NAMES = ["Budget", "Delta", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
+NAMES = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
 METHODS = [
     "bitfit",
     "composable_sft",

@@ -10,17 +10,18 @@ if TYPE_CHECKING:
     from thrifty.core.method import Method
     from thrifty.core.plan import Plan
     from thrifty.core.registry import records as methods
-    from thrifty.delta import Delta, add_tokens
+    from thrifty.delta import Delta, Deltas, add_tokens
     from thrifty.run.train import train
     from thrifty.update.tuning import attach
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Delta", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
+__all__ = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
 
 # Loaded on first use, so that `import thrifty` and `thrifty --help` load neither torch nor transformers.
 _HOMES = {
     "Budget": ("thrifty.core.budget", "Budget"),
     "Delta": ("thrifty.delta", "Delta"),
+    "Deltas": ("thrifty.delta", "Deltas"),
     "Method": ("thrifty.core.method", "Method"),
     "Plan": ("thrifty.core.plan", "Plan"),
     "add_tokens": ("thrifty.delta", "add_tokens"),

@@ -38,6 +38,34 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
+def fitting(name: str, piece: AnyPiece, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The one of `parameters` that `piece` belongs to; ThriftyError where there is none of its shape and dtype."""
+    if name not in parameters:
+        close = nearest(name, parameters)
+        raise ThriftyError(
+            f"the model has no tensor {name}"
+            + (f" (nearest: {close})" if close else "")
+            + ": this delta is of another model"
+        )
+    tensor = parameters[name]
+    if tuple(tensor.shape) != piece.shape:
+        raise ThriftyError(f"{name} is {tuple(tensor.shape)}, the delta is of {piece.shape}: another model")
+    if tensor.dtype != piece.dtype:
+        raise ThriftyError(
+            f"{name} is {tensor.dtype}, the delta was made on {piece.dtype}: "
+            f"load the base with dtype={str(piece.dtype).removeprefix('torch.')}"
+        )
+    return tensor
+
+
+def check_base(name: str, piece: AnyPiece, tensor: Tensor) -> None:
+    """ThriftyError where `tensor` is not the exact base of `piece`."""
+    if fingerprint(tensor) != piece.fingerprint:
+        applied = fingerprint(piece.base_of(tensor)) == piece.fingerprint
+        why = "the delta is applied already" if applied else "another base, or a changed one"
+        raise ThriftyError(f"{name} differs from the base of this delta: {why}")
+
+
 @dataclass
 class Delta:
     """The result of an in-place method: parameter name -> `Piece`. `info` may hold a summary of the run."""
@@ -58,23 +86,7 @@ class Delta:
 
     def _fits(self, model: nn.Module) -> dict[str, Tensor]:
         parameters = _parameters(model)
-        for name, piece in self.pieces.items():
-            if name not in parameters:
-                close = nearest(name, parameters)
-                raise ThriftyError(
-                    f"the model has no tensor {name}"
-                    + (f" (nearest: {close})" if close else "")
-                    + ": this delta is of another model"
-                )
-            tensor = parameters[name]
-            if tuple(tensor.shape) != piece.shape:
-                raise ThriftyError(f"{name} is {tuple(tensor.shape)}, the delta is of {piece.shape}: another model")
-            if tensor.dtype != piece.dtype:
-                raise ThriftyError(
-                    f"{name} is {tensor.dtype}, the delta was made on {piece.dtype}: "
-                    f"load the base with dtype={str(piece.dtype).removeprefix('torch.')}"
-                )
-        return {name: parameters[name] for name in self.pieces}
+        return {name: fitting(name, piece, parameters) for name, piece in self.pieces.items()}
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Write the trained values into `model`, which must be the exact base; ThriftyError names the first tensor that
@@ -99,10 +111,7 @@ class Delta:
     def _write(self, model: nn.Module) -> None:
         tensors = self._fits(model)
         for name, piece in self.pieces.items():
-            if fingerprint(tensors[name]) != piece.fingerprint:
-                applied = fingerprint(piece.base_of(tensors[name])) == piece.fingerprint
-                why = "the delta is applied already" if applied else "another base, or a changed one"
-                raise ThriftyError(f"{name} differs from the base of this delta: {why}")
+            check_base(name, piece, tensors[name])
         for name, piece in self.pieces.items():
             piece.write_(tensors[name])
 
