@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -88,6 +89,20 @@ def test_the_algebra_from_the_command_line(runs: Path) -> None:
         torch.testing.assert_close(parameters(mean)[name], value, rtol=1e-6, atol=1e-7)
     one, moved = (Delta.load(runs / name).apply(load_model(runs / "model")) for name in ("one/delta", "moved"))
     assert all(torch.equal(value, parameters(moved)[name]) for name, value in parameters(one).items())
+
+
+def test_compression_prints_what_it_cost(runs: Path) -> None:
+    done = command("delta", "compress", "one", "int8", "--output", "small", "--tensors", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"in all: [\d,]+ -> [\d,]+ bytes, 0\.\d+% of the change lost\n", done.stdout)
+    small, given = Delta.load(runs / "small"), Delta.load(runs / "one/delta")
+    assert all(f"{name}: " in done.stdout for name in given.plan)
+    size = [(runs / name / "delta.safetensors").stat().st_size for name in ("small", "one/delta")]
+    assert size[0] < 0.5 * size[1]
+    assert command("eval", "model", "--delta", "small", "data.eval=eval.jsonl", cwd=runs).returncode == 0
+    wrong = command("delta", "compress", "one", "int3", "--output", "x", cwd=runs)
+    assert "did you mean 'int8'" in wrong.stderr or "int4" in wrong.stderr
+    assert small.plan.trainable_parameters == given.plan.trainable_parameters
 
 
 def test_diff_of_base_and_export_is_the_delta(runs: Path) -> None:

@@ -61,6 +61,7 @@ DELTA_VERBS = {
     "stock": ["--base", "--output", "deltas"],
     "stack": ["--base", "--output", "deltas"],
     "scale": ["--base", "--output", "delta", "weight"],
+    "compress": ["--base", "--output", "--tensors", "delta", "how"],
     "interpolate": ["--weights", "delta", "settings"],
     "transfer": ["--base", "--output", "delta"],
 }

@@ -63,6 +63,13 @@ def add_delta_verbs(group: Any, parser_class: type[argparse.ArgumentParser]) -> 
     _base(scale)
     _output(scale)
 
+    compress = verb("compress", "Make a delta smaller, at a loss that is printed", _compress)
+    compress.add_argument("delta", help=_DELTA)
+    compress.add_argument("how", help="int8, int4, top_k=10%%, delta_come or delta_come=2x8,32x3,512x2")
+    compress.add_argument("--tensors", action="store_true", help="print the loss of each tensor too")
+    _base(compress)
+    _output(compress)
+
     between = verb("interpolate", "Evaluate a run between its base (0) and its result (1)", _interpolate)
     between.add_argument("delta", help=_DELTA)
     between.add_argument("settings", nargs="*", metavar="key=value", help="what to measure: data.eval=... eval.*")
@@ -169,6 +176,18 @@ def _scale(arguments: argparse.Namespace) -> int:
 
     delta = open_delta(arguments.delta)
     return _write(combine([(delta, arguments.weight)], base=_tensors(arguments.base, [delta])), arguments.output)
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    from thrifty.delta import Delta
+    from thrifty.delta.compress import compress, measure
+    from thrifty.run.deltas import open_delta
+
+    delta = open_delta(arguments.delta)
+    compress(delta, arguments.how, base=_tensors(arguments.base, [delta])).save(arguments.output)
+    report = measure(delta, Delta.load(arguments.output))
+    print(report if arguments.tensors else f"in all: {report.total}")
+    return 0
 
 
 def _interpolate(arguments: argparse.Namespace) -> int:
