@@ -29,7 +29,7 @@ from thrifty.delta.to_peft import save_lora, to_lora
 
 (BATCH,) = batches(1, 2, 12)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MATRICES = {"llama": PROJECTIONS, "qwen2": PROJECTIONS, "gpt2": ("c_attn", "c_proj", "c_fc")}
+MATRICES = {"llama": PROJECTIONS, "qwen2": PROJECTIONS, "gemma2": PROJECTIONS, "gpt2": ("c_attn", "c_proj", "c_fc")}
 PREFIX = "base_model.model."
 
 
@@ -104,7 +104,7 @@ def test_the_change_is_the_nearest_of_its_rank(rows: int, columns: int, rank: in
     assert min(fixed.errors.values()) - 1e-12 <= fixed.error <= max(fixed.errors.values()) + 1e-12
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2"])
 @pytest.mark.parametrize("everything", [False, True], ids=["matrices", "everything"])
 def test_stock_peft_computes_with_the_truncated_change(family: str, everything: bool, tmp_path: Path) -> None:
     base = build(family)
@@ -253,8 +253,9 @@ def test_stacked_experts_are_stored_whole(tmp_path: Path) -> None:
     )
 
 
-def test_shira_holds_blocks_of_linear_layers(tmp_path: Path) -> None:
-    base = build("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shira_holds_blocks_of_linear_layers(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = build("llama", dtype)
     delta = blocks(base)
     before = bits(base)
     r = save_shira(delta, tmp_path / "a", base)

@@ -100,6 +100,9 @@ class LazyPieces(Mapping[str, P]):
             raise KeyError(name)
         return self._make(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.plan
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.plan)
 
