@@ -329,7 +329,10 @@ OTHERS = {
     "loha": {"peft_type": "LOHA", "r": 2, "alpha": 2},
     "ia3": {"peft_type": "IA3", "feedforward_modules": ["v_proj"]},
     "oft": {"peft_type": "OFT", "oft_block_size": 4, "r": 0},
+    "shira": {"peft_type": "SHIRA", "r": 3},
+    "tokens": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 3], "target_modules": ["embed_tokens"]},
 }
+REGIONS = {"shira": "entries", "tokens": "blocks"}  # else whole tensors
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -343,6 +346,7 @@ def test_other_adapters_become_what_their_merge_writes(kind: str, tmp_path: Path
     delta = from_adapter(str(tmp_path / "a"), base)
     assert bits(base) == before
     assert delta.info["logit_difference"] < 1e-3
+    assert {region.kind for region in delta.plan.values()} == {REGIONS.get(kind, "whole")}
     merged = by_peft(base, tmp_path / "a").merge_and_unload()
     assert bits(applied(base, delta)) == {name: bits(merged)[name] for name in before}
     torch.testing.assert_close(logits(applied(base, delta)), logits(wrapped), rtol=1e-3, atol=1e-3)

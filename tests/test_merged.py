@@ -154,6 +154,8 @@ def test_another_checkpoint_is_refused_by_its_first_tensor(tmp_path: Path) -> No
     )
     refused(lambda: merge_checkpoint(delta, base, output, dtype="float23"), output, "did you mean 'float32'")
     refused(lambda: merge_checkpoint(delta, tmp_path / "base" / "nothing", output), output, "no such folder")
+    half = merge_checkpoint(delta, base, tmp_path / "half", dtype="bfloat16")
+    refused(lambda: unmerge_checkpoint(delta, half, output), output, "another checkpoint, or one in another dtype")
     delta.new_tokens = NewTokens(ids={"<a>": 97}, base_rows=97, rows=98)
     refused(lambda: merge_checkpoint(delta, base, output), output, "adds tokens.*use `thrifty export`")
     delta.new_tokens = None

@@ -53,9 +53,10 @@ def to_lora(
 ) -> LoraAdapter:
     """`delta` as a LoRA adapter for `model`, its base, which stays as it is.
 
-    rank: one rank for all modules, the plain form that vLLM reads too. error: instead, for each module the least rank
-    whose change is off by at most this share (0 keeps all). base_model: the base's name in the configuration, by
-    default the one that `model` was loaded from. A low-rank pair whose rank fits is taken over as it is.
+    rank: one rank for all modules; where nothing but matrices of linear layers changed, this is the plain form that
+    vLLM reads too. error: instead, for each module the least rank whose change is off by at most this share (0 keeps
+    all). base_model: the base's name in the configuration, by default the one that `model` was loaded from. A low-rank
+    pair whose rank fits is taken over as it is.
 
     Changed norms, embeddings and other modules without linear layers inside are stored whole; so are linear layers with
     a changed bias, unless all changed ones have a bias (PEFT's `lora_bias`). ThriftyError for new tokens, for what PEFT
