@@ -91,6 +91,40 @@ def test_the_algebra_from_the_command_line(runs: Path) -> None:
     assert all(torch.equal(value, parameters(moved)[name]) for name, value in parameters(one).items())
 
 
+def test_a_merged_checkpoint_and_the_way_back(runs: Path) -> None:
+    done = command("delta", "apply", "one", "--output", "merged", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert "wrote merged\nas GGUF, with llama.cpp: python convert_hf_to_gguf.py merged" in done.stdout
+    trained = Delta.load(runs / "one/delta").apply(load_model(runs / "model"))
+    merged = parameters(load_model(runs / "merged"))
+    assert all(torch.equal(value, merged[name]) for name, value in parameters(trained).items())
+    assert command("delta", "remove", "one", "merged", "--output", "again", cwd=runs).returncode == 0
+    base, again = parameters(load_model(runs / "model")), parameters(load_model(runs / "again"))
+    assert all(torch.equal(value, again[name]) for name, value in base.items())
+    wrong = command("delta", "remove", "other", "merged", "--output", "x", cwd=runs)
+    assert wrong.returncode == 2
+    assert "is not this delta on its base" in wrong.stderr
+    assert not (runs / "x").exists()
+
+
+def test_conversions_print_the_largest_logit_difference(runs: Path) -> None:
+    done = command("delta", "convert", "one", "--to", "lora", "--rank", "4", "--output", "adapter", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"wrote adapter: LoRA, \d+\.\d+% of the change lost\nlargest logit difference: ", done.stdout)
+    back = command("delta", "convert", "adapter", "--to", "delta", "--base", "model", "--output", "pairs", cwd=runs)
+    assert back.returncode == 0, back.stderr
+    assert "largest logit difference: " in back.stdout
+    assert command("eval", "model", "--delta", "pairs", "data.eval=eval.jsonl", cwd=runs).returncode == 0
+    exact = command("delta", "convert", "one", "--to", "lora", "--error", "0", "--output", "full-rank", cwd=runs)
+    assert float(exact.stdout.split()[-1]) < 1e-3
+    for words, message in (
+        (("adapter", "--to", "delta"), "adapter is a PEFT adapter without its run: name its base model with --base"),
+        (("one", "--to", "shira", "--rank", "4"), "--rank and --error are for --to lora"),
+        (("one", "--to", "lora"), "give either a rank, such as 16, or an error"),
+    ):
+        assert message in command("delta", "convert", *words, "--output", "x", cwd=runs).stderr
+
+
 def test_compression_prints_what_it_cost(runs: Path) -> None:
     done = command("delta", "compress", "one", "int8", "--output", "small", "--tensors", cwd=runs)
     assert done.returncode == 0, done.stderr

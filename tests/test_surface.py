@@ -55,6 +55,9 @@ VERBS = {
 DELTA_VERBS = {
     "show": ["--plot", "--rank", "--tensors", "delta"],
     "verify": ["--base", "delta"],
+    "apply": ["--base", "--dtype", "--gguf", "--output", "delta"],
+    "remove": ["--output", "delta", "model"],
+    "convert": ["--base", "--error", "--output", "--rank", "--to", "source"],
     "diff": ["--dtype", "--error", "--output", "base", "tuned"],
     "add": ["--base", "--output", "--weights", "deltas"],
     "average": ["--base", "--output", "--weights", "deltas"],

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_delta_verbs"]
 
+_DTYPES = ["float32", "bfloat16", "float16"]
 _DELTA = "the folder of a delta, or of a run"
 
 
@@ -37,11 +38,31 @@ def add_delta_verbs(group: Any, parser_class: type[argparse.ArgumentParser]) -> 
     verify.add_argument("delta", help=_DELTA)
     verify.add_argument("--base", metavar="MODEL", help="the model to look at; the run's own unless given")
 
+    apply = verb("apply", "Write the base with the delta in it, shard by shard, without loading the model", _apply)
+    apply.add_argument("delta", help=_DELTA)
+    apply.add_argument("--base", metavar="MODEL", help="the delta's base; the run's own unless given")
+    apply.add_argument("--dtype", choices=_DTYPES, help="of the checkpoint; the delta's own unless given")
+    apply.add_argument("--gguf", metavar="FILE", help="write a GGUF file of it too (llama-like models)")
+    _output(apply, "a new folder")
+
+    remove = verb("remove", "Write the base again from a checkpoint with the delta in it, bit for bit", _remove)
+    remove.add_argument("delta", help=_DELTA)
+    remove.add_argument("model", help="the folder of the checkpoint with the delta in it")
+    _output(remove, "a new folder")
+
+    convert = verb("convert", "Make a PEFT adapter of a delta, or a delta of a PEFT adapter", _convert)
+    convert.add_argument("source", help="the folder of a delta, of a run, or of a PEFT adapter")
+    convert.add_argument("--to", choices=["lora", "shira", "delta"], required=True)
+    convert.add_argument("--rank", type=int, help="lora: one rank for all modules (what vLLM reads)")
+    convert.add_argument("--error", type=float, metavar="SHARE", help="lora: of each change that may be lost, instead")
+    convert.add_argument("--base", metavar="MODEL", help="the base; the run's own unless given")
+    _output(convert, "a new folder")
+
     diff = verb("diff", "Write the difference of two models of one architecture as a delta", _diff)
     diff.add_argument("base", help="a model: an embedded name, a folder or a hub id")
     diff.add_argument("tuned", help="the fine-tuned model")
     diff.add_argument("--error", type=float, default=0.0, metavar="SHARE", help="of a change that low rank may lose")
-    diff.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="read both as")
+    diff.add_argument("--dtype", choices=_DTYPES, default="float32", help="read both as")
     _output(diff)
 
     for name, summary in (
@@ -83,8 +104,8 @@ def add_delta_verbs(group: Any, parser_class: type[argparse.ArgumentParser]) -> 
     _output(transfer)
 
 
-def _output(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or a delta to replace")
+def _output(sub: argparse.ArgumentParser, what: str = "a new folder, or a delta to replace") -> None:
+    sub.add_argument("--output", required=True, metavar="FOLDER", help=what)
 
 
 def _base(sub: argparse.ArgumentParser) -> None:
@@ -134,6 +155,45 @@ def _verify(arguments: argparse.Namespace) -> int:
         if state not in ("base", "applied") or len(states) > 1:
             print(f"{name}: {state}")
     raise ThriftyError(f"{model} is neither the delta's base nor the base with the delta applied")
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    from thrifty.run.deltas import base_folder, open_delta
+    from thrifty.run.gguf import gguf_command, write_gguf
+    from thrifty.run.merged import merge_checkpoint
+
+    base = base_folder(arguments.delta, arguments.base)
+    print(f"wrote {merge_checkpoint(open_delta(arguments.delta), base, arguments.output, dtype=arguments.dtype)}")
+    if arguments.gguf:
+        print(f"wrote {write_gguf(arguments.output, arguments.gguf)}")
+    else:
+        print(f"as GGUF, with llama.cpp: {gguf_command(arguments.output)}")
+    return 0
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    from thrifty.run.deltas import open_delta
+    from thrifty.run.merged import unmerge_checkpoint
+
+    print(f"wrote {unmerge_checkpoint(open_delta(arguments.delta), arguments.model, arguments.output)}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from thrifty.run.deltas import convert
+
+    if arguments.to != "lora" and (arguments.rank is not None or arguments.error is not None):
+        raise ThriftyError("--rank and --error are for --to lora")
+    for line in convert(
+        arguments.source,
+        to=arguments.to,
+        output=arguments.output,
+        base=arguments.base,
+        rank=arguments.rank,
+        error=arguments.error,
+    ):
+        print(line)
+    return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:

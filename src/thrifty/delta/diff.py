@@ -26,9 +26,10 @@ _SIDES = (8, 16, 32, 64, 128, 256)
 def diff(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, error: float = 0.0) -> Delta:
     """The delta that makes `tuned` of `base`.
 
-    base, tuned: tensors by parameter name; each is asked for one at a time. error: how far a matrix may be off, as a
-    share of its change (Frobenius norm); above 0 a matrix becomes a low-rank pair of the least rank that keeps to it,
-    where that is smaller than the exact form. ThriftyError where a tensor is missing, or has another shape or dtype.
+    base, tuned: tensors by parameter name; each is asked for one at a time, and again when its piece is made, so pass
+    copies of a model that may change meanwhile. error: how far a matrix may be off, as a share of its change (Frobenius
+    norm); above 0 a matrix becomes a low-rank pair of the least rank that keeps to it, where that is smaller than the
+    exact form. ThriftyError where a tensor is missing, or has another shape or dtype.
     """
     if not 0 <= error < 1:
         raise ThriftyError(f"error {error:g} is not valid: give a share of the change from 0 (exact) to below 1")

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from thrifty.core.errors import nearest
+from thrifty.core.errors import ThriftyError, nearest
 from thrifty.delta import Delta, fingerprint
+from thrifty.delta.adapter import adapter_difference
 from thrifty.delta.algebra import combine
+from thrifty.delta.from_peft import from_adapter
+from thrifty.delta.shira import save_shira
+from thrifty.delta.to_peft import save_lora
 
 from .evaluate import evaluate, examples_of
 from .folder import Place, locate
-from .model import ModelName, delta_folder, load_model, load_tokenizer
+from .merged import Checkpoint
+from .model import ModelName, base_and_deltas, delta_folder, load_model, load_tokenizer, resolve
 
-__all__ = ["base_name", "base_tensors", "open_delta", "sweep", "verify"]
+__all__ = ["base_folder", "base_name", "base_tensors", "convert", "open_delta", "sweep", "verify"]
 
 
 def open_delta(source: str) -> Delta:
@@ -29,9 +36,66 @@ def base_name(source: str, base: str | None) -> ModelName:
     return base if base is not None else locate(str(delta_folder(source))).config.model
 
 
+def base_folder(source: str, base: str | None) -> str:
+    """The base where it lies as a checkpoint. ThriftyError where it is itself made of a base and deltas."""
+    name, deltas = base_and_deltas(base_name(source, base))
+    if deltas:
+        raise ThriftyError(
+            f"the base of {source} is {name} with {len(deltas)} deltas in it, which is no checkpoint: use "
+            "`thrifty export`, or `thrifty delta stack` first"
+        )
+    return name
+
+
+def convert(
+    source: str, *, to: str, output: str, base: str | None = None, rank: int | None = None, error: float | None = None
+) -> Iterator[str]:
+    """A delta as PEFT's adapter (`lora`, `shira`), or a PEFT adapter as a delta. Gives lines that say what was written
+    and how far the logits of 32 random tokens are off."""
+    if to == "delta":
+        is_run = any((Path(source) / inner / "delta.json").is_file() for inner in ("", "delta"))
+        if base is None and not is_run:
+            raise ThriftyError(f"{source} is a PEFT adapter without its run: name its base model with --base")
+        folder = delta_folder(source) if is_run else Path(source)
+        delta = from_adapter(folder, load_model(base_name(source, base)))
+        delta.save(output)
+        yield f"wrote {output}: {delta.plan.trainable_parameters:,} numbers in {len(delta.plan)} tensors"
+        yield f"largest logit difference: {delta.info['logit_difference']:.3g}"
+        return
+    delta, name = open_delta(source), base_name(source, base)
+    piece = next(iter(delta.pieces.values()), None)
+    model = load_model(name, dtype="float32" if piece is None else piece.dtype)
+    label = name if isinstance(name, str) else None
+    if to == "lora":
+        adapter = save_lora(delta, output, model, rank=rank, error=error, base_model=label)
+        yield f"wrote {output}: LoRA, {adapter.error:.2%} of the change lost"
+        if odd := [key for key in ("modules_to_save", "lora_bias", "rank_pattern") if adapter.config.get(key)]:
+            yield f"it needs PEFT's {' and '.join(odd)}, which vLLM does not load"
+    else:
+        yield f"wrote {output}: SHiRA, {save_shira(delta, output, model, base_model=label):,} entries"
+    yield f"largest logit difference: {adapter_difference(delta, output, model):.3g}"
+
+
 def base_tensors(model: ModelName, *, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """Parameter name -> tensor of the model under `model`, each tied tensor by all of its names."""
+    """Parameter name -> tensor of the model under `model`. Read from its files one at a time where these use the
+    model's own names; else the model is loaded, and each tied tensor goes by all of its names."""
+    name, deltas = base_and_deltas(model)
+    folder = Path(resolve(name))
+    if not deltas and folder.is_dir():
+        checkpoint = Checkpoint(folder, dtype=dtype)
+        if set(checkpoint) <= _parameter_names(folder):
+            return checkpoint
     return {n: p.detach() for n, p in load_model(model, dtype=dtype).named_parameters(remove_duplicate=False)}
+
+
+def _parameter_names(folder: Path) -> set[str]:
+    """Of the model in `folder`, tied ones too; none where transformers cannot tell without loading it."""
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (ValueError, OSError):
+        return set()
+    return {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
 
 
 def verify(delta: Delta, tensors: Mapping[str, Tensor]) -> dict[str, str]:
