@@ -2,8 +2,8 @@
 
     DATA=<folder of the data> OUT=<scratch folder> python results/delta/study.py [--threads N]
 
-Resumable: what has a JSON file beside this script is skipped (but for the trained deltas in OUT, which are trained again
-where OUT has lost them). Each file holds the commit and the threads under "study".
+Resumable: what has a JSON file beside this script is skipped; runs whose folder OUT has lost are trained again. Each
+file holds the commit and the threads under "study".
 """
 
 import argparse
