@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -268,3 +270,10 @@ def test_registering_again_changes_nothing_and_another_smt_is_kept(monkeypatch: 
     with pytest.raises(ThriftyError, match="has a method SMT already"):
         register()
     assert configs["SMT"] is LoraConfig
+
+
+def test_without_peft_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "thrifty.integrations.peft")
+    with pytest.raises(ThriftyError, match="pip install 'thrifty\\[peft\\]'"):
+        importlib.import_module("thrifty.integrations.peft")
