@@ -21,7 +21,7 @@ from .probe import INPUT_STATISTICS, STATISTICS, Probe, check_inputs
 from .strip_first import Strips, check_input_budget, columns_of
 from .targets import Target, targets
 
-__all__ = ["AUTO_SIZES", "SCOPES", "BlockSize", "TopBlocks", "auto_block_size", "block_shape"]
+__all__ = ["AUTO_SIZES", "SCOPES", "BlockSize", "TopBlocks", "auto_block_size", "block_numbers", "block_shape"]
 
 BlockSize = int | str | Sequence[int]
 AUTO_SIZES = (256, 128, 64, 32, 16)
@@ -62,7 +62,7 @@ def block_shape(block_size: BlockSize, target: Target, *, numbers: int) -> tuple
     return (shape[1], shape[0]) if target.transposed else shape
 
 
-def _block_numbers(shape: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+def block_numbers(shape: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
     """How many numbers each block holds, int64 `[..., block rows, block columns]`."""
     h, w = grid
     rows = torch.tensor([min(h, shape[-2] - i) for i in range(0, shape[-2], h)])
@@ -121,7 +121,7 @@ class TopBlocks:
         budget = budget or Budget(fraction=0.01)
         parameters = dict(model.named_parameters())
         grids = self.grids(model, budget)
-        smallest = min(int(_block_numbers(tuple(parameters[n].shape), g).min()) for n, g in grids.items())
+        smallest = min(int(block_numbers(tuple(parameters[n].shape), g).min()) for n, g in grids.items())
         if smallest > budget.numbers(model):
             raise ThriftyError(
                 f"budget {budget} ({budget.numbers(model):,} numbers) buys no block, the smallest holds {smallest:,}: "
@@ -142,7 +142,7 @@ class TopBlocks:
         self.check(model, budget)
         budget = budget or Budget(fraction=0.01)
         parameters, grids = dict(model.named_parameters()), self.grids(model, budget)
-        counts = {name: _block_numbers(tuple(parameters[name].shape), grid) for name, grid in grids.items()}
+        counts = {name: block_numbers(tuple(parameters[name].shape), grid) for name, grid in grids.items()}
         chosen = targets(model, self.target_modules, layers=self.layers)
         generator = torch.Generator().manual_seed(seed)
         scores: dict[str, Tensor] = {}

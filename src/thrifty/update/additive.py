@@ -1,0 +1,74 @@
+"""The additive form: y += x P^T beside a frozen linear layer, where P is zero outside a region's blocks.
+
+The base is neither read nor written, so it may be quantized, shared or switched. Nothing of the size of the matrix is
+made: forward and backward multiply block by block, and backward keeps the input columns that some block reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..core.region import Blocks
+from ..kernels.region_grad import Layout, region_grad
+from ..kernels.region_product import RegionProduct
+from .strips import Member, take_plain
+
+__all__ = ["Additive"]
+
+
+class _Add(torch.autograd.Function):
+    """z = x P^T; dx = dz P only if asked for; dP = the blocks of dz^T x. Shapes: x [..., I], z [..., O]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, blocks: Additive, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            strip_TU = take_plain(x, blocks.strips, dtype=dtype)
+            z_TO = blocks.forth(strip_TU, packed.to(dtype), width=blocks.outputs)
+        ctx.save_for_backward(strip_TU if ctx.needs_input_grad[1] else None, packed)
+        ctx.blocks, ctx.x_shape, ctx.x_dtype = blocks, x.shape, x.dtype
+        return z_TO.view(*x.shape[:-1], blocks.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        strip_TU, packed = ctx.saved_tensors
+        blocks, dz_TO = ctx.blocks, dz.reshape(-1, dz.shape[-1])
+        dx = d_packed = None
+        with torch.autocast(dz.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                columns = blocks.strips.columns
+                dx_TU = blocks.back(dz_TO, packed.to(dz.dtype), width=len(columns))
+                if len(columns) == ctx.x_shape[-1]:
+                    dx = dx_TU
+                else:
+                    dx = dx_TU.new_zeros(len(dx_TU), ctx.x_shape[-1])
+                    dx.index_copy_(1, columns.to(dx.device), dx_TU)
+                dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+            if ctx.needs_input_grad[1]:
+                left, right = (strip_TU, dz_TO) if blocks.transposed else (dz_TO, strip_TU)
+                d_packed = region_grad(left, right, blocks.layout, dtype=packed.dtype).view(packed.shape)
+        return dx, d_packed, None, None
+
+
+class Additive:
+    """The blocks `region` beside a weight of stored `shape`. `transposed`: stored `[in, out]`."""
+
+    def __init__(self, region: Blocks, shape: Sequence[int], *, transposed: bool) -> None:
+        member = Member(region, shape, transposed=transposed)
+        assert isinstance(member.layout, Layout)
+        self.strips, self.layout, self.transposed = member.strips, member.layout, transposed
+        self.outputs = int(shape[1] if transposed else shape[0])
+        groups = member.layout.groups
+        self.forth = RegionProduct(groups, to_rows=not transposed)
+        self.back = RegionProduct(groups, to_rows=transposed)
+
+    def __call__(self, x: Tensor, packed: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """What the packed values `packed` (any floating dtype) add to the layer's output for `x` `[..., I]`: `[..., O]`
+        in `dtype`, the output's own. Products run in `dtype`; the gradient of `packed` has its dtype."""
+        out: Tensor = _Add.apply(x, packed, self, dtype)
+        return out
