@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from thrifty.core.errors import ThriftyError
 from thrifty.core.files import write_text
-from thrifty.data import Example, answer, check_vocabulary, encode_all, load
+from thrifty.data import Example, answer, check_vocabulary, encode_all
 from thrifty.objective.heads import unwrapped
 
 from .config import EvalConfig, RunConfig
 from .evaluation import Answered, answer_all, choose, evaluating, file_loss, mean_loss, option_lists, questions
 from .model import apply_delta, load_model, load_tokenizer
+from .rows import answered_examples
 
 __all__ = ["evaluate", "run_eval"]
 
@@ -98,7 +99,7 @@ def run_eval(model: str, *, delta: str | None, config: RunConfig) -> dict[str, f
     """
     if not config.data.eval and not config.eval.forgetting:
         raise ThriftyError("nothing to measure: give data.eval=rows.jsonl, or eval.forgetting=text.txt")
-    examples = load(config.data.eval, seed=config.seed) if config.data.eval else []
+    examples = answered_examples(config)
     tokenizer = load_tokenizer(config.tokenizer or model, trust_remote_code=config.trust_remote_code)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     loaded: nn.Module = load_model(model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=device)
