@@ -84,6 +84,9 @@ def test_the_algebra_from_the_command_line(runs: Path) -> None:
         done = command("delta", *words, cwd=runs)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"wrote {words[-1]}: ")
+    exported = command("export", "sum", "--base", "model", "--output", "summed", cwd=runs)
+    assert exported.returncode == 0, exported.stderr
+    assert "| method | `sum` ([{" in (runs / "summed/README.md").read_text(encoding="utf-8")
     half, mean = (Delta.load(runs / name).apply(load_model(runs / "model")) for name in ("half", "mean"))
     for name, value in parameters(half).items():
         torch.testing.assert_close(parameters(mean)[name], value, rtol=1e-6, atol=1e-7)
@@ -171,6 +174,8 @@ def test_training_on_top_of_deltas_and_flattening(runs: Path) -> None:
     assert command("delta", "verify", "top", cwd=runs).stdout.startswith("base: all ")
     assert command("eval", "top", "data.eval=eval.jsonl", cwd=runs).returncode == 0
     assert command("export", "top", "--output", "topped", cwd=runs).returncode == 0
+    card = (runs / "topped/README.md").read_text(encoding="utf-8")
+    assert "| base model | `model` with 1 deltas applied before |" in card
     assert command("delta", "stack", "one", "top", "--output", "flat", cwd=runs).returncode == 0
     flat = Delta.load(runs / "flat").apply(load_model(runs / "model"))
     exported = parameters(load_model(runs / "topped"))

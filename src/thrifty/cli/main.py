@@ -81,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "settings", nargs="*", metavar="[run.yaml] key=value", help="what to measure: data.eval=... eval.*"
     )
+    evaluate.add_argument(
+        "--harness", metavar="TASKS", help="measure these tasks of lm_eval instead, parted by commas: arc_easy,piqa"
+    )
+    evaluate.add_argument("--harness-path", metavar="FOLDER", help="where more tasks lie, as YAML files for lm_eval")
 
     export = verb("export", "Write a plain checkpoint that transformers alone loads", verbs.export)
     export.add_argument("source", metavar="RUN|DELTA", help="the folder of a run, or of a delta")
@@ -89,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
         "--base", metavar="MODEL", help="the model that the delta belongs to, where its run does not say"
     )
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the run's own unless given")
+    export.add_argument("--to-hub", metavar="USER/NAME", help="upload the folder to the Hugging Face hub too")
+    export.add_argument("--private", action="store_true", help="with --to-hub: not for everyone to see")
 
     chat = verb("chat", "Talk to a model, a model with a delta, or a finished run", verbs.chat)
     _model(chat)

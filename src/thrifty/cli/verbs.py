@@ -46,15 +46,39 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     file, settings = _split(arguments.settings)
     place = locate(arguments.model, delta=arguments.delta, file=file, settings=settings)
-    for name, value in run_eval(place.config.model, delta=place.delta, config=place.config).items():
+    if arguments.harness is not None:
+        from thrifty.run.harness import run_harness
+
+        _refuse_measures(settings)
+        tasks = [name.strip() for name in arguments.harness.split(",") if name.strip()]
+        scores = run_harness(place, tasks=tasks, folder=arguments.harness_path)
+    elif arguments.harness_path is not None:
+        raise ThriftyError("--harness-path holds tasks: name those to measure with --harness")
+    else:
+        scores = run_eval(place.config.model, delta=place.delta, config=place.config)
+    for name, value in scores.items():
         print(f"{name}: {value:.6g}")
     return 0
+
+
+def _refuse_measures(settings: list[str]) -> None:
+    for key in (text.partition("=")[0] for text in settings):
+        if key.startswith(("data.", "eval.")) and key != "eval.batch_size":
+            raise ThriftyError(f"{key} does not go with --harness, whose tasks have their own data and measures")
 
 
 def export(arguments: argparse.Namespace) -> int:
     from thrifty.run.export import export
 
-    print(export(arguments.source, output=arguments.output, base=arguments.base, dtype=arguments.dtype))
+    folder = export(
+        arguments.source,
+        output=arguments.output,
+        base=arguments.base,
+        dtype=arguments.dtype,
+        to_hub=arguments.to_hub,
+        private=arguments.private,
+    )
+    print(folder)
     return 0
 
 

@@ -19,6 +19,7 @@ from thrifty.data.encode import (
     stop_ids,
 )
 from thrifty.data.pack import PackedRows, pack
+from thrifty.data.preferences import CONVERTERS, Judged, one_form
 from thrifty.data.shapes import Example, answer, options, with_answer
 from thrifty.data.source import Source, load
 from thrifty.data.template import chat_template
@@ -26,9 +27,11 @@ from thrifty.data.units import units
 from thrifty.data.windows import windows
 
 __all__ = [
+    "CONVERTERS",
     "DataReport",
     "Encoded",
     "Example",
+    "Judged",
     "PackedRows",
     "Source",
     "answer",
@@ -40,6 +43,7 @@ __all__ = [
     "encode_all",
     "encode_options",
     "load",
+    "one_form",
     "options",
     "pack",
     "prompt_and_reference",

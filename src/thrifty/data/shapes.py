@@ -9,7 +9,7 @@ from typing import Any
 
 from thrifty.core.errors import ThriftyError, nearest, unknown
 
-__all__ = ["FIELDS", "Example", "answer", "options", "to_example", "with_answer"]
+__all__ = ["FIELDS", "Example", "answer", "named_fields", "options", "prompted", "to_example", "with_answer"]
 
 # In the order in which they are tried: the first whose fields are all filled in decides.
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -20,6 +20,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 FIELDS = (*dict.fromkeys(name for names in SHAPES.values() for name in names), "input", "system", "tools", "choices")
+FIELDS += ("chosen", "rejected", "label")  # of rows that say which answer is better: `preferences`
 ACCEPTED = (
     "accepted: messages | prompt + completion | instruction [+ input] + output | conversations | text; "
     "other column names go in `columns`"
@@ -54,9 +55,7 @@ class Example:
 
 def to_example(row: Any, *, origin: str, columns: Mapping[str, str] | None = None) -> Example:
     """`row` as an example. Raises `ThriftyError` with `origin`, the field, and what would be accepted."""
-    if not isinstance(row, Mapping):
-        raise ThriftyError(f"{origin}: the row is {_kind(row)}, not an object with named fields; {ACCEPTED}")
-    fields = _renamed(row, origin=origin, columns=columns or {})
+    fields = named_fields(row, origin=origin, columns=columns or {})
     shape = _shape_of(fields, origin=origin, preferred=columns or {})
     tools = _tools(fields, origin)
     choices = _choices(fields, origin)
@@ -64,7 +63,7 @@ def to_example(row: Any, *, origin: str, columns: Mapping[str, str] | None = Non
     if shape == "text":
         return replace(example, text=_text(fields, "text", origin))
     if shape == "prompt":
-        return _prompt_completion(fields, example)
+        return prompted(fields, example)
     if shape == "instruction":
         request, extra = _text(fields, "instruction", origin), fields.get("input")
         if extra is not None and not isinstance(extra, str):
@@ -120,7 +119,10 @@ def _assistant(content: str) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
-def _renamed(row: Mapping[str, Any], *, origin: str, columns: Mapping[str, str]) -> dict[str, Any]:
+def named_fields(row: Any, *, origin: str, columns: Mapping[str, str], accepted: str = ACCEPTED) -> dict[str, Any]:
+    """The fields of `row`, those in `columns` under our names."""
+    if not isinstance(row, Mapping):
+        raise ThriftyError(f"{origin}: the row is {_kind(row)}, not an object with named fields; {accepted}")
     for ours, theirs in columns.items():
         if theirs not in row:
             close = nearest(theirs, map(str, row))
@@ -168,20 +170,21 @@ def _check_characters(text: str, name: str, origin: str) -> None:
         ) from error
 
 
-def _prompt_completion(fields: Mapping[str, Any], example: Example) -> Example:
-    """Two texts stay plain text; where either is a list of messages, both become messages."""
-    origin, prompt, completion = example.origin, fields["prompt"], fields["completion"]
+def prompted(fields: Mapping[str, Any], example: Example, *, name: str = "completion") -> Example:
+    """`example` with the prompt and the answer, which is the field `name`: two texts stay plain text; where either is a
+    list of messages, both become messages."""
+    origin, prompt, completion = example.origin, fields["prompt"], fields[name]
     if isinstance(prompt, str) and isinstance(completion, str):
         if fields.get("system") or example.tools:
             raise ThriftyError(
                 f"{origin}: `system` and `tools` need messages; a plain text prompt has no place for them"
             )
-        return replace(example, prompt=_text(fields, "prompt", origin), completion=_text(fields, "completion", origin))
+        return replace(example, prompt=_text(fields, "prompt", origin), completion=_text(fields, name, origin))
     asked = [_user(prompt)] if isinstance(prompt, str) else _message_list(prompt, name="prompt", origin=origin)
     if isinstance(completion, str):
-        answered = [_assistant(_text(fields, "completion", origin))]
+        answered = [_assistant(_text(fields, name, origin))]
     else:
-        answered = _messages(completion, name="completion", origin=origin)
+        answered = _messages(completion, name=name, origin=origin)
     asked = _with_system(asked, fields, origin)
     return replace(example, messages=asked + answered, answers_from=len(asked))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from thrifty.core.errors import ThriftyError, unknown
@@ -46,9 +46,17 @@ class Source:
                     f"{self.path}: {unknown('field', ours, FIELDS)}; `columns` is {{our field: column in the file}}"
                 )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults, besides the path."""
+        return {
+            item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default
+        }
 
-def load(sources: Sequence[Source] | Source, *, seed: int) -> list[Example]:
-    """All rows of `sources`, each source by its weight.
+
+def load(
+    sources: Sequence[Source] | Source, *, seed: int, convert: Callable[..., Example] = to_example
+) -> list[Example]:
+    """All rows of `sources`, each source by its weight; `convert` makes an example of a row.
 
     One source keeps the order of its file; several are mixed into one order that depends on the seed alone. Every row
     that is not blank becomes an example or an error: a `ThriftyError` for the first broken row, with file, line and
@@ -59,24 +67,26 @@ def load(sources: Sequence[Source] | Source, *, seed: int) -> list[Example]:
         raise ThriftyError("no data: give data.train a file, a hub id, or a list of {path, split, weight, columns}")
     mixed: list[Example] = []
     for position, source in enumerate(sources):
-        examples = _examples(source)
+        examples = _examples(source, convert)
         mixed += _weighted(examples, weight=source.weight, random_=random.Random(f"{seed} source {position}"))
     if len(sources) > 1:
         random.Random(f"{seed} order").shuffle(mixed)
     return mixed
 
 
-def _examples(source: Source) -> list[Example]:
+def _examples(source: Source, convert: Callable[..., Example]) -> list[Example]:
     rows = _sliced(read_rows(source.path, split=source.split), source)
     examples, errors = [], []
     for row in rows:
         if row.whole_file:
+            if convert is not to_example:
+                raise ThriftyError(f"{source.path}: a plain text has no prompts; give a file of rows")
             if source.columns:
                 raise ThriftyError(f"{source.path}: a plain text has no columns; leave `columns` out")
             examples.append(Example(text=row.value["text"], origin=row.origin, row=row.value, whole_file=True))
             continue
         try:
-            examples.append(to_example(row.value, origin=row.origin, columns=source.columns))
+            examples.append(convert(row.value, origin=row.origin, columns=source.columns))
         except ThriftyError as error:
             errors.append(error)
     if errors:

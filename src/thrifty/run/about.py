@@ -25,7 +25,8 @@ _CORE = (
 )
 _EXTRAS = {
     "peft": (("peft",), "any PEFT method as a peer: method: {peft: {peft_type: LORA, r: 16}}"),
-    "trl": (("trl",), "TRL's SFTTrainer and DPOTrainer with an attached model"),
+    "trl": (("trl",), "objective: dpo, kto or grpo, and TRL's trainers with an attached model"),
+    "harness": (("lm_eval",), "thrifty eval --harness: the tasks of lm_eval"),
     "report": (("tensorboard", "trackio"), "report_to: tensorboard or trackio"),
 }
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from thrifty.core.errors import ThriftyError, unknown
 
 from .config import RunConfig
+from .objectives import parse_objective, trl_arguments
 
 __all__ = ["keeps_best", "training_arguments", "with_defaults"]
 
@@ -28,6 +29,9 @@ def with_defaults(config: RunConfig) -> RunConfig:
         if old in given:
             given.setdefault(old.replace("gradient", "activation"), given.pop(old))
     training = {**_DEFAULTS, **given}
+    if parse_objective(config.objective).uses_trl:
+        del training["save_steps"]
+        training |= {"save_strategy": "no"}
     if "eval_steps" in training:
         training.setdefault("eval_strategy", "steps")
     if training.get("eval_strategy", "no") == "steps":
@@ -54,18 +58,23 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     training.setdefault("use_cpu", on_cpu)
     training.setdefault("dataloader_pin_memory", not on_cpu)
     training.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite is an error, not hidden
+    training |= {
+        "output_dir": config.output_dir,
+        "report_to": _trackers(config.report_to),
+        "activation_checkpointing_kwargs": checkpointing,
+        "include_num_input_tokens_seen": "non_padding",
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+    }
+    objective, kind = parse_objective(config.objective), TrainingArguments
+    if objective.uses_trl:
+        kind, options = trl_arguments(objective, max_length=config.max_length)
+        # TRL's own defaults are bfloat16 and checkpointing
+        training = {"bf16": False, "activation_checkpointing": False} | training | options
     try:
-        args = TrainingArguments(
-            output_dir=config.output_dir,
-            report_to=_trackers(config.report_to),
-            activation_checkpointing_kwargs=checkpointing,
-            include_num_input_tokens_seen="non_padding",
-            remove_unused_columns=False,
-            prediction_loss_only=True,
-            label_names=["labels"],
-            disable_tqdm=True,
-            **training,
-        )
+        args = kind(**training)
     except (ValueError, ImportError) as error:
         raise ThriftyError(f"the training arguments do not fit together: {' '.join(str(error).split())}") from error
     if args.n_gpu > 1:

@@ -15,10 +15,11 @@ from typing import Any, Literal, TypeVar
 from thrifty.core import registry
 from thrifty.core.budget import Budget
 from thrifty.core.errors import ThriftyError, nearest, unknown
-from thrifty.core.method import Method, parse_method
+from thrifty.core.method import parse_method
 from thrifty.data.source import Source
 
 from .aliases import IN_DATA, OTHER_NAMES, OWNED
+from .objectives import parse_objective
 from .typed import TypeMismatch, takes_text, typed
 from .yaml_source import Document, apply_overrides, dump_yaml, plain, read_document
 
@@ -60,6 +61,7 @@ class RunConfig:
     add_tokens: list[str] | None = None  # new in the tokenizer; their rows are trained beside the method's part
     data: DataConfig = field(default_factory=DataConfig)
     method: str | dict[str, Any] = "smt"
+    objective: str | dict[str, Any] = "sft"  # {dpo: {...}}, {kto: {...}}, {grpo: {...}}: TRL's options
     budget: Budget | None = None
     probe_rows: int = 4  # rows in one unit of the probe
     probe_units: int = 16
@@ -83,9 +85,7 @@ class RunConfig:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.name == "data":
-                out["data"] = {
-                    name: [_source_dict(s) for s in getattr(value, name)] or None for name in ("train", "eval")
-                }
+                out["data"] = {name: [plain(s) for s in getattr(value, name)] or None for name in ("train", "eval")}
             elif item.name == "eval":
                 out["eval"] = dataclasses.asdict(value)
             elif isinstance(value, Budget):
@@ -156,12 +156,13 @@ class _Reader:
                 raise self.unknown_key(key, names)
         found: dict[str, Any] = {}
         for key, value in self.values.items():
-            if key in hints and key not in ("data", "eval", "method", "budget"):
+            if key in hints and key not in ("data", "eval", "method", "objective", "budget"):
                 found[key] = self.typed(key, value, hints[key])
         training = {k: self.typed(k, v, names[k]) for k, v in self.values.items() if k not in hints}
         found["data"] = self.data()
         found["eval"] = self.eval(has_rows=bool(found["data"].eval))
-        found["method"], method = self.method()
+        found["method"], method = self.parsed("method", parse_method)
+        found["objective"], objective = self.parsed("objective", parse_objective)
         if self.values.get("budget") is not None:
             found["budget"] = self.checked("budget", lambda: Budget.parse(self.values["budget"]))
         if found.get("add_tokens") is not None:
@@ -176,7 +177,7 @@ class _Reader:
         if not found["data"].eval and training.get("eval_strategy", "no") != "no":
             raise self.fail("eval_strategy", "eval_strategy needs data.eval: rows to evaluate on")
         # Each method has its own scale; transformers' default suits only full fine-tuning.
-        training.setdefault("learning_rate", registry.get(method.name).learning_rate)
+        training.setdefault("learning_rate", registry.get(method.name).learning_rate * objective.rate)
         return RunConfig(**found, training=training)
 
     def required(self, found: Mapping[str, Any], *, needs_training_data: bool) -> None:
@@ -272,16 +273,17 @@ class _Reader:
             raise self.fail("eval.choices", "eval.choices must name at least two different options")
         return config
 
-    def method(self) -> tuple[str | dict[str, Any], Method]:
-        value = self.values.get("method")
-        value = RunConfig.method if value is None else value
+    def parsed(self, name: str, parse: Callable[[Any], T]) -> tuple[Any, T]:
+        """A name, or `{name: {option: value}}`, and what `parse` makes of it. An error points to the option."""
+        value = self.values.get(name)
+        value = getattr(RunConfig, name) if value is None else value
         try:
-            return value, parse_method(value)
+            return value, parse(value)
         except ThriftyError as error:
             options = next(iter(value.values())) if isinstance(value, dict) and value else None
             pairs = options.items() if isinstance(options, dict) else ()
             named = [key for key, given in pairs if {repr(key), repr(given)} & set(re.findall(r"'[^']*'", str(error)))]
-            raise self.fail(".".join(["method", *value, *named[:1]] if named else ["method"]), str(error)) from None
+            raise self.fail(".".join([name, *value, *named[:1]] if named else [name]), str(error)) from None
 
     def checked(self, key: str, make: Callable[[], T]) -> T:
         """What `make` gives; its ThriftyError, with the place of `key`."""
@@ -289,9 +291,3 @@ class _Reader:
             return make()
         except ThriftyError as error:
             raise self.fail(key, str(error)) from None
-
-
-def _source_dict(source: Source) -> dict[str, Any]:
-    """Only what differs from the defaults, besides the path."""
-    fields = [item for item in dataclasses.fields(source) if getattr(source, item.name) != item.default]
-    return {item.name: plain(getattr(source, item.name)) for item in fields}

@@ -84,6 +84,7 @@ class Display(TrainerCallback):
         shown = {}
         if "loss" in logs:
             shown["loss"] = f"loss {logs['loss']:.4f}"
+            shown |= {name: f"{name} {logs[name]:.4f}" for name in ("rewards/margins", "reward") if name in logs}
             shown["speed"] = f"{logs['tokens_per_second']:,.0f} tokens/s"
             shown["memory"] = human_bytes(logs["memory_bytes"])
         if "eval_loss" in logs:

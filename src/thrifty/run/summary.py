@@ -55,6 +55,8 @@ def data_fingerprint(rows: Iterable[Mapping[str, Sequence[int]]]) -> str:
 
 def describe_data(report: DataReport, *, max_length: int) -> str:
     """What was read, in one line."""
+    if not report.tokens:
+        return f"data: {report.rows:,} prompts"
     text = (
         f"data: {report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens / report.tokens:.0%} trained"
     )
@@ -91,12 +93,15 @@ def make_summary(
     `peak_memory_bytes`: during the probe and training; on a CPU the resident bytes above what loading the model left,
     on an accelerator its maximum, the model included. `result_step`: the step whose values are in `delta/`
     (`best_step` with early stopping, else the last). `padding`: the share of the positions in the training batches that
-    held no token. `packed_rows`: into how many rows those of the data were packed; None without packing.
+    held no token; None where TRL trained. `packed_rows`: into how many rows those of the data were packed; None without
+    packing. `fingerprints`: SHA-256 of the model, and of the rows as tokens.
     """
     state = trainer.state
     return {
         "method": tuning.method.name,
         "method_options": plain(tuning.method.options),
+        "objective": plain(config.objective),
+        "fingerprints": trainer.record["fingerprints"],
         "model": config.model,
         "trainable_parameters": tuning.trainable_parameters,
         "trainable_share": tuning.trainable_share,

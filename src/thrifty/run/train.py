@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from thrifty.core.errors import ThriftyError
 from thrifty.core.files import disk_errors, remove_leftovers, write_json, write_text
-from thrifty.core.method import parse_method
-from thrifty.data import DataReport, Example, PackedRows, check_vocabulary, collate, encode_all, load, pack
+from thrifty.data import collate
 from thrifty.delta import Delta, NewTokens
 from thrifty.delta.vocabulary import extend
 from thrifty.objective.isolation import check_packing
 from thrifty.objective.next_token import install, uninstall
 from thrifty.objective.proof import prepare
-from thrifty.select.compose import check as check_method
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning, attach_with
 
@@ -36,8 +36,10 @@ from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
 from .model import load_model, load_tokenizer
 from .new_tokens import grow, save_tokenizer
-from .order import RowOrder, row_order
-from .probe_batches import check_text, general_rows, probe_batches, probe_loss
+from .objectives import parse_objective, refuse_unsupported
+from .order import row_order
+from .probe_batches import check_text, probe_batches, probe_loss
+from .rows import Rows, check_fits, load_rows, order_of, packed_rows
 from .summary import data_fingerprint, describe_data, make_summary, model_fingerprint, print_result
 from .trainer import Row, ThriftyTrainer
 
@@ -57,17 +59,6 @@ class Run:
     output_dir: Path
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """What is trained on and what is measured."""
-
-    train: Sequence[Row]  # as they were read: the probe takes them, packed or not
-    eval: Sequence[Row] | None
-    examples: Sequence[Example]  # of the evaluation
-    report: DataReport
-    general: Sequence[Row] | None  # what the probe takes instead, for methods that must not see the task
-
-
 def train(source: str | os.PathLike[str] | Mapping[str, Any] | None = None, **overrides: Any) -> Run:
     """Train as a run file or a mapping says; `overrides` are its keys (`train("run.yaml", max_steps=100)`).
 
@@ -79,6 +70,7 @@ def train(source: str | os.PathLike[str] | Mapping[str, Any] | None = None, **ov
 
 def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     """`train` for a configuration already read. Prints to `console` (standard output)."""
+    refuse_unsupported(config)
     config = with_defaults(config)
     args = training_arguments(config)
     console = Console() if console is None else console
@@ -92,11 +84,11 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
 
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     ids = extend(tokenizer, config.add_tokens) if config.add_tokens else {}
-    rows = _load_rows(config, tokenizer)
+    rows = load_rows(config, tokenizer)
     console.print(describe_data(rows.report, max_length=config.max_length), highlight=False, soft_wrap=True)
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device)
     new_tokens = grow(model, ids, rows=rows.train, console=console)
-    _check_fits(config, model, rows)
+    check_fits(config, model, rows)
     record = _record(config, model, rows) | {"processes": args.world_size}
     if checkpoint is not None:
         fingerprints, processes = record["fingerprints"], record["processes"]
@@ -140,29 +132,6 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     return Run(summary=summary, delta=delta, model=model, tokenizer=tokenizer, output_dir=output)
 
 
-def _load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Rows:
-    train_rows, report = encode_all(load(config.data.train, seed=config.seed), tokenizer, max_length=config.max_length)
-    general = general_rows(config, tokenizer)
-    if not config.data.eval:
-        return _Rows(train=train_rows, eval=None, examples=(), report=report, general=general)
-    examples = load(config.data.eval, seed=config.seed)
-    eval_rows, _ = encode_all(examples, tokenizer, max_length=config.max_length)
-    return _Rows(train=train_rows, eval=eval_rows, examples=examples, report=report, general=general)
-
-
-def _check_fits(config: RunConfig, model: PreTrainedModel, rows: _Rows) -> None:
-    """ThriftyError where a row holds a token or a position that the model does not have, or nothing can be selected."""
-    check_method(parse_method(config.method), model, config.budget)
-    every = [*rows.train, *(rows.eval or ()), *(rows.general or ())]
-    check_vocabulary(every, model.get_input_embeddings().num_embeddings)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(row["input_ids"]) for row in every)
-    if positions is not None and longest > positions:
-        raise ThriftyError(
-            f"max_length: the longest row has {longest} tokens, the model {positions} positions: lower it"
-        )
-
-
 def _first_row(config: EvalConfig) -> EvalConfig:
     """One answer and one choice: what cannot be measured fails before training, not after it."""
     if config.forgetting is not None and not Path(config.forgetting).is_file():
@@ -172,8 +141,11 @@ def _first_row(config: EvalConfig) -> EvalConfig:
     )
 
 
-def _record(config: RunConfig, model: nn.Module, rows: _Rows) -> dict[str, Any]:
+def _record(config: RunConfig, model: nn.Module, rows: Rows) -> dict[str, Any]:
     fingerprints = {"model": model_fingerprint(model), "data.train": data_fingerprint(rows.train)}
+    if rows.judged:
+        text = json.dumps(rows.judged, sort_keys=True, default=str)
+        fingerprints["data.train"] = hashlib.sha256(text.encode()).hexdigest()
     if rows.eval is not None:
         fingerprints["data.eval"] = data_fingerprint(rows.eval)
     return {"config": config.to_dict(), "fingerprints": fingerprints, "before": None}
@@ -184,7 +156,7 @@ def _train(
     args: TrainingArguments,
     *,
     model: PreTrainedModel,
-    rows: _Rows,
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     new_tokens: NewTokens | None,
     record: dict[str, Any],
@@ -194,15 +166,12 @@ def _train(
     """Attach, train to the end, and leave the values that are the run's result."""
     collator = partial(collate, pad_token_id=tokenizer.pad_token_id)  # which `load_tokenizer` sees to
     seed = args.data_seed if args.data_seed is not None else args.seed
-    first = row_order(len(rows.train), seed=seed, epoch=0)
     meter = MemoryMeter(model)
     display = Display(console=console)
     set_seed(args.seed)
-    install(model, prepare(model, sample_batch=collator([rows.train[i] for i in first[:2]])))
+    _put_loss(model, rows.train, args=args, collator=collator, seed=seed)
     try:
-        trained = _packed(config, rows, model=model, seed=seed, console=console) if config.packing else rows.train
-        if args.activation_checkpointing and model.supports_gradient_checkpointing:
-            model.activation_checkpointing_enable()  # the trainer would come too late for the probe
+        trained = packed_rows(config, rows, model=model, seed=seed, console=console) if config.packing else rows.train
         tuning = attach_with(
             model,
             config.method,
@@ -218,18 +187,17 @@ def _train(
         if config.packing and tuning.model is not model:
             check_packing(tuning.model)  # a wrapper may drop the positions
         record.setdefault("probe_seconds", tuning.probe_seconds)
-        trainer = ThriftyTrainer(
-            tuning=tuning,
+        trainer = _trainer(
+            config,
+            replace(rows, train=trained),
+            tokenizer=tokenizer,
             args=args,
-            rows=trained,
-            eval_rows=rows.eval,
-            collate=collator,
+            seed=seed,
+            tuning=tuning,
             metrics=_begin_folder(config, args, checkpoint=checkpoint),
             clock=Clock(tuning.probe_seconds if checkpoint is None else checkpoint.record()["train_seconds"]),
             meter=meter,
             record=record,
-            order=_order(args, trained, seed=seed),
-            patience=config.early_stopping_patience,
             callbacks=[display],
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
@@ -244,26 +212,40 @@ def _train(
     return tuning, trainer
 
 
-def _packed(config: RunConfig, rows: _Rows, *, model: PreTrainedModel, seed: int, console: Console) -> PackedRows:
-    """The training rows, packed. ThriftyError where `model` would let them see each other."""
-    check_packing(model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    capacity = min(config.max_length, positions or config.max_length)
-    packed = PackedRows(rows.train, pack([len(row["input_ids"]) for row in rows.train], capacity=capacity, seed=seed))
-    text = f"packing: {len(rows.train):,} rows in {len(packed):,} of at most {capacity:,} tokens"
-    console.print(text, highlight=False, soft_wrap=True)
-    return packed
+def _put_loss(
+    model: PreTrainedModel, rows: Sequence[Row], *, args: TrainingArguments, collator: Callable[..., Any], seed: int
+) -> None:
+    """The loss, proved on two of `rows`, and checkpointing: the trainer would come too late for the probe."""
+    if rows:
+        first = row_order(len(rows), seed=seed, epoch=0)
+        install(model, prepare(model, sample_batch=collator([rows[i] for i in first[:2]])))
+    if args.activation_checkpointing and model.supports_gradient_checkpointing:
+        model.activation_checkpointing_enable()
 
 
-def _order(args: TrainingArguments, rows: Sequence[Row], *, seed: int) -> RowOrder:
-    lengths = rows.lengths if isinstance(rows, PackedRows) else [len(row["input_ids"]) for row in rows]
-    part = args.per_device_train_batch_size * args.world_size
-    return RowOrder(
-        lengths,
-        batch=part * args.gradient_accumulation_steps,
-        strategy=args.train_sampling_strategy,
-        seed=seed,
-        multiple=part if args.world_size > 1 and not args.dataloader_drop_last else 1,
+def _trainer(
+    config: RunConfig,
+    rows: Rows,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    seed: int,
+    **shared: Any,
+) -> ThriftyTrainer:
+    """What trains: thrifty's own trainer, or TRL's behind the same face. `shared` is what both take."""
+    objective = parse_objective(config.objective)
+    if objective.uses_trl:
+        from .preference import preference_trainer  # TRL is an extra
+
+        return preference_trainer(objective, args=args, rows=rows.judged, tokenizer=tokenizer, **shared)
+    return ThriftyTrainer(
+        args=args,
+        rows=rows.train,
+        eval_rows=rows.eval,
+        collate=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        order=order_of(args, rows.train, seed=seed),
+        patience=config.early_stopping_patience,
+        **shared,
     )
 
 

@@ -17,7 +17,6 @@ from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from thrifty.core.errors import ThriftyError
 from thrifty.objective.heads import unwrapped
 from thrifty.objective.next_token import installed_plan
 from thrifty.update.peer import PeerTuning
@@ -25,7 +24,7 @@ from thrifty.update.tuning import Tuning
 
 from .checkpoint import Checkpoint, remove_old, write_checkpoint
 from .eval_loss import EvalLoss
-from .guards import Guards
+from .guards import Guards, refuse_lost_loss
 from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
 from .order import RowOrder
@@ -189,11 +188,7 @@ class ThriftyTrainer(Trainer):
         if "train_runtime" in logs:  # the stock closing line; summary.json says it better
             return
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]) and not self.args.fp16:
-                raise ThriftyError(
-                    f"the training loss is {logs['loss']} at step {self.state.global_step}: "
-                    f"lower learning_rate (now {self.args.learning_rate:g}) or give warmup_steps"
-                )
+            refuse_lost_loss(logs["loss"], state=self.state, args=self.args)
             logs["tokens"] = self.state.num_input_tokens_seen
             logs["padding"] = self.padding
             logs["tokens_per_second"] = self.tokens_per_second

@@ -97,9 +97,11 @@ class Tuning:
         parts = {name: part for name, part in self._live().items() if part.kept is None}  # none, inside another base()
         originals = self._originals()
         with ExitStack() as stack:
+            stack.callback(torch.clear_autocast_cache)  # which holds casts of what is about to change
             for name, part in parts.items():
                 part.swap_in(originals[name])
                 stack.callback(part.swap_out)
+            torch.clear_autocast_cache()
             with torch.no_grad():
                 yield self.model
 
