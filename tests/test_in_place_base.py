@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from attached import BATCH, random_blocks, step
 from contract_cells import logits
-from families import build
+from families import batches, build
 
 from thrifty import attach
 
@@ -67,3 +68,23 @@ def test_base_inside_base_and_a_step_inside_it() -> None:
     assert not torch.equal(twice, once)
     tuning.sync()
     assert torch.equal(logits(model), twice)
+
+
+@pytest.mark.parametrize("method", ["full", "smt"])
+def test_the_base_inside_autocast_is_the_base(method: str) -> None:
+    model, (batch,) = build("llama"), batches(1, 2, 8)
+    base = copy.deepcopy(model)
+    tuning = attach(model, method, batches=[batch], budget=0.05 if method == "smt" else None)
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=1.0)
+    tuning.model(**batch).loss.backward()
+    optimizer.step()
+    ids = {"input_ids": batch["input_ids"]}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = tuning.model(**ids).logits
+        with tuning.base() as reference:
+            found = reference(**ids).logits
+        again = tuning.model(**ids).logits
+        expected = base(**ids).logits
+    assert torch.equal(found, expected)
+    assert torch.equal(again, trained)
+    assert not torch.equal(trained, expected)

@@ -7,19 +7,19 @@ import gc
 import io
 import json
 import math
-import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import batches, build
+from objective_runs import GRPO, LORA, check_delta, judged, logged, pair, prompt, values
 from test_loops_trl import SETTINGS
 from test_loops_trl import rows as trl_rows
-from tiny_run import configuration, prepare
+from tiny_run import prepare
 from tiny_tokenizer import character_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
@@ -28,14 +28,10 @@ import thrifty.run.preference as preference
 from thrifty import attach
 from thrifty.cli.main import main
 from thrifty.core.errors import ThriftyError
-from thrifty.core.registry import get
-from thrifty.data import CONVERTERS, one_form
-from thrifty.delta import Delta
 from thrifty.run.config import load_config
 from thrifty.run.metrics import read_metrics
-from thrifty.run.train import Run, train
+from thrifty.run.train import train
 
-LORA = {"peft": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear", "exclude_modules": ["lm_head"]}}
 LOW_RANK = [{"select": {"weights": {"target_modules": ["q_proj", "v_proj"]}}, "update": {"low_rank": {"r": 3}}}]
 METHODS: dict[str, tuple[Any, float | None]] = {
     "smt": ("smt", 0.3),
@@ -44,31 +40,6 @@ METHODS: dict[str, tuple[Any, float | None]] = {
     "low_rank": (LOW_RANK, None),
 }
 Make = Callable[[int, int], dict[str, Any]]
-
-
-def pair(a: int, b: int) -> dict[str, Any]:
-    return {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": f"-{a}"}
-
-
-def judged(a: int, b: int) -> dict[str, Any]:
-    return {"prompt": f"{a}+{b}=", "completion": str(a + b) if b % 2 else f"-{a}", "label": bool(b % 2)}
-
-
-def prompt(a: int, b: int) -> dict[str, Any]:
-    return {"prompt": f"{a}+{b}=", "completion": str(a + b), "digit": "7"}
-
-
-def write(file: Path, make: Make, *, rows: int, seed: int = 0) -> str:
-    draw = random.Random(seed)
-    made = [make(draw.randrange(1000), draw.randrange(100)) for _ in range(rows)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-    return str(file)
-
-
-def values(folder: Path, objective: Any, make: Make, **changes: Any) -> dict[str, Any]:
-    data = {"train": write(folder / "rows.jsonl", make, rows=16), "eval": write(folder / "held.jsonl", make, rows=6)}
-    settings = {"data": data, "logging_steps": 1, "eval": {"loss": True, "before": True}, "learning_rate": 0.02}
-    return configuration(folder, objective=objective, **{"max_steps": 4, "budget": 0.3, **settings, **changes})
 
 
 @pytest.fixture
@@ -86,6 +57,7 @@ class Seen:
         self.trainer = trainer
         gc.collect()
         self.models = sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
+        self.adapters = list(getattr(trainer.model, "peft_config", {}))
         if trainer.ref_model is not None:
             self.weights = list(trainer.ref_model.parameters())
         if hasattr(trainer, "compute_ref_log_probs"):
@@ -111,10 +83,6 @@ def models_alive() -> int:
     return sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
 
 
-def logged(folder: Path, key: str) -> list[float]:
-    return [entry[key] for entry in read_metrics(folder / "out" / "metrics.jsonl") if key in entry]
-
-
 def log_probs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Summed over each row's completion, from plain logits: float32 [B]."""
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
@@ -122,17 +90,6 @@ def log_probs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
         logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
     each = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return (each * mask).sum(1)
-
-
-def check_delta(folder: Path, run: Run) -> None:
-    """The delta is exact, and nothing else moved."""
-    base = AutoModelForCausalLM.from_pretrained(folder / "model")
-    original = {name: p.detach().clone() for name, p in base.named_parameters()}
-    Delta.load(folder / "out" / "delta").apply(base)
-    trained = dict(run.model.named_parameters())
-    for name, p in base.named_parameters():
-        assert torch.equal(p, trained[name]), name
-        assert torch.equal(p, original[name]) == (name not in run.delta.plan), name
 
 
 @pytest.mark.parametrize("case", METHODS)
@@ -147,6 +104,7 @@ def test_dpo_takes_the_base_as_its_reference(case: str, folder: Path, seen: Seen
 
     assert seen.models == before + 1, "one model, and no second as a reference"
     assert seen.weights == []
+    assert seen.adapters == (["default"] if case == "lora" else [])
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert torch.allclose(torch.cat(seen.reference), log_probs(base, seen.batch), atol=1e-4)
     assert not torch.allclose(log_probs(run.model, seen.batch), log_probs(base, seen.batch), atol=0.1)
@@ -184,26 +142,6 @@ def test_dpo_equals_dpo_with_a_second_model(tmp_path: Path) -> None:
     assert all(torch.equal(leaf, twin) for leaf, twin in zip(leaves, twins, strict=True))
 
 
-@pytest.mark.parametrize("method", ["full", "smt"])
-def test_the_base_inside_autocast_is_the_base(method: str) -> None:
-    model, (batch,) = build("llama"), batches(1, 2, 8)
-    base = copy.deepcopy(model)
-    tuning = attach(model, method, batches=[batch], budget=0.05 if method == "smt" else None)
-    optimizer = torch.optim.SGD(tuning.parameters(), lr=1.0)
-    tuning.model(**batch).loss.backward()
-    optimizer.step()
-    ids = {"input_ids": batch["input_ids"]}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        trained = tuning.model(**ids).logits
-        with tuning.base() as reference:
-            found = reference(**ids).logits
-        again = tuning.model(**ids).logits
-        expected = base(**ids).logits
-    assert torch.equal(found, expected)
-    assert torch.equal(again, trained)
-    assert not torch.equal(trained, expected)
-
-
 def test_kto_trains(folder: Path, seen: Seen) -> None:
     run = train(values(folder, {"kto": {"beta": 0.5, "desirable_weight": 1.5}}, judged, max_steps=8))
     losses = logged(folder, "loss")
@@ -213,9 +151,6 @@ def test_kto_trains(folder: Path, seen: Seen) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert torch.allclose(seen.reference[0], log_probs(base, seen.batch), atol=1e-4)
     check_delta(folder, run)
-
-
-GRPO = {"num_generations": 4, "max_completion_length": 6, "temperature": 1.0}
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -244,6 +179,35 @@ def test_grpo_follows_a_reward_of_the_users_own(
         assert seen.weights == []
     check_delta(folder, run)
     assert run.summary["method"] == "smt"
+
+
+def test_grpo_takes_peft_without_its_adapter_as_the_reference(folder: Path, seen: Seen) -> None:
+    grpo = {"beta": 0.1, **GRPO}
+    (folder / "digits.py").write_text(
+        "def score(completions, **_):\n    return [sum(map(str.isdigit, text)) for text in completions]\n"
+    )
+    sys.path.insert(0, str(folder))
+    try:
+        given = values(folder, {"grpo": {**grpo, "reward_funcs": ["digits:score"]}}, prompt, method=LORA, budget=None)
+        train(given)
+    finally:
+        sys.path.remove(str(folder))
+    assert seen.adapters == ["default"]
+    kl = logged(folder, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-5)
+    assert kl[-1] > 1e-5
+
+
+@pytest.mark.parametrize("method", ["smt", "full"])
+def test_precomputed_reference_log_probs_give_the_same_run(method: str, folder: Path) -> None:
+    losses = {}
+    for precomputed in (False, True):
+        dpo = {"precompute_ref_log_probs": precomputed}
+        budget = 0.3 if method == "smt" else None
+        out = folder / str(precomputed)
+        train(values(folder, {"dpo": dpo}, pair, method=method, budget=budget, output_dir=str(out)))
+        losses[precomputed] = [entry["loss"] for entry in read_metrics(out / "metrics.jsonl")]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-5)
 
 
 def test_grpo_without_answers_trains_what_needs_no_probe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,98 +284,3 @@ def test_the_whole_path_on_the_command_line(
     AutoModelForCausalLM.from_pretrained(folder / "plain")
     monkeypatch.setattr("sys.stdin", io.StringIO("1+1\n"))
     thrifty("chat", "out")
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "nearest objective": ({"objective": "dpoo"}, "did you mean 'dpo'"),
-    "nearest option": ({"objective": {"dpo": {"betta": 1}}}, "did you mean 'beta'"),
-    "wrong type": ({"objective": {"dpo": {"beta": "high"}}}, "'beta' of objective dpo must be a number"),
-    "a choice": ({"objective": {"kto": {"loss_type": "kt"}}}, "did you mean 'kto'"),
-    "options of sft": ({"objective": {"sft": {"beta": 1}}}, "objective sft takes no options"),
-    "a run's own key": ({"objective": {"dpo": {"learning_rate": 1}}}, "it stands at the top level"),
-    "a second model": ({"objective": {"dpo": {"sync_ref_model": True}}}, "the reference is the untouched base"),
-    "vllm": ({"objective": {"grpo": {"reward_funcs": ["exact_match"], "use_vllm": True}}}, "transformers' generate"),
-    "no rewards": ({"objective": "grpo"}, "objective grpo needs reward_funcs"),
-    "no such check": ({"objective": {"grpo": {"reward_funcs": ["exact"]}}}, "neither exact_match nor module:function"),
-    "unknown loss": ({"objective": {"dpo": {"loss_type": "nothing"}}}, "Unknown loss type: nothing"),
-    "resume": ({"resume_from_checkpoint": "auto"}, "resume_from_checkpoint does not go with objective dpo"),
-    "packing": ({"packing": True}, "packing does not go with objective dpo"),
-    "early stopping": ({"early_stopping_patience": 2, "eval_steps": 2}, "early_stopping_patience does not go"),
-    "the best": ({"load_best_model_at_end": True, "eval_steps": 2}, "load_best_model_at_end does not go"),
-    "evaluation": ({"eval_steps": 2}, "eval_steps does not go with objective dpo"),
-    "checkpoints": ({"save_steps": 2}, "save_steps does not go with objective dpo"),
-    "sampling": ({"train_sampling_strategy": "group_by_length"}, "TRL decides which rows meet"),
-    "a head of PEFT": (
-        {"method": {"peft": {"peft_type": "LORA", "r": 2, "target_modules": ["lm_head"]}}, "budget": None},
-        "TRL refuses: Applying a PEFT adapter to `lm_head`",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(changes: dict[str, Any], message: str, folder: Path) -> None:
-    with pytest.raises(ThriftyError) as error:
-        train({**values(folder, "dpo", pair), **changes})
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_mistakes_in_rewards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    (folder / "wrong_rewards.py").write_text(
-        "def score(completions, **_):\n    return 1\n\n\ndef lacks(**_):\n    return []\n", encoding="utf-8"
-    )
-
-    def fails(name: str, message: str, **changes: Any) -> None:
-        given = values(folder, {"grpo": {"reward_funcs": [name], **GRPO, **changes}}, prompt, method="random_blocks")
-        with pytest.raises(ThriftyError, match=message):
-            train(given, output_dir=str(folder / name.replace(":", "_")))
-
-    fails("no_rewards_here:score", "no module 'no_rewards_here'")
-    fails("wrong_rewards:scores", "did you mean 'score'")
-    fails("wrong_rewards:score", "must return a list of 4 numbers")
-    fails("wrong_rewards:lacks", "must return a list of 4 numbers")
-    fails("exact_match", "do not fit in the model's 64 positions", max_completion_length=64)
-
-
-ROWS: dict[str, tuple[str, Sequence[Any], str]] = {
-    "no rejected": ("dpo", [{"prompt": "a", "chosen": "b", "reject": "c"}], "its nearest column is 'reject'"),
-    "an empty answer": ("dpo", [{"prompt": "a", "chosen": " ", "rejected": "c"}], "field 'chosen' is empty"),
-    "no prompt": ("dpo", [{"chosen": "b", "rejected": "c"}], "no field 'prompt'"),
-    "nothing shared": (
-        "dpo",
-        [{side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}],
-        "must begin alike",
-    ),
-    "a label": ("kto", [{"prompt": "a", "completion": "b", "label": "good"}], "field 'label' is 'good'"),
-    "mixed forms": (
-        "kto",
-        [{"prompt": p, "completion": "b", "label": True} for p in ("a", [{"role": "user", "content": "a"}])],
-        "plain text and messages are mixed",
-    ),
-    "a column in some rows": ("grpo", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "no field 'completion'"),
-    "tools": ("grpo", [{"prompt": "a", "tools": [{}]}], "only objective: sft takes tools"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("objective", "rows", "message"), ROWS.values(), ids=ROWS)
-def test_broken_rows(objective: str, rows: Sequence[Any], message: str) -> None:
-    with pytest.raises(ThriftyError) as error:
-        one_form([CONVERTERS[objective](row, origin=f"rows.jsonl:{i}") for i, row in enumerate(rows, 1)])
-    assert message in str(error.value)
-    assert str(error.value).startswith("rows.jsonl:")
-
-
-def test_a_prompt_and_answers_in_two_forms_become_messages() -> None:
-    answer = [{"role": "assistant", "content": "b"}]
-    made = CONVERTERS["dpo"]({"prompt": "a", "chosen": answer, "rejected": "c"}, origin="x:1")
-    asked = [{"role": "user", "content": "a"}]
-    assert made.columns == {"prompt": asked, "chosen": answer, "rejected": [{"role": "assistant", "content": "c"}]}
-
-
-def test_the_default_learning_rate_is_that_of_trl_to_sft() -> None:
-    def rate(objective: str) -> float:
-        return load_config({"model": "m", "data": {"train": "t"}, "objective": objective}).training["learning_rate"]
-
-    assert rate("sft") == get("smt").learning_rate
-    assert rate("dpo") == pytest.approx(get("smt").learning_rate / 20)

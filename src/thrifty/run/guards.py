@@ -74,5 +74,5 @@ class Guards(TrainerCallback):
         if not self.moved and state.global_step > began == 0:
             raise ThriftyError(
                 f"{state.global_step} steps moved no trained value: every gradient or learning rate was 0; "
-                "check learning_rate, warmup_steps and the labels"
+                "check learning_rate, warmup_steps and the labels; with grpo, whether rewards differ within a group"
             )

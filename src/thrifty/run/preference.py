@@ -6,6 +6,7 @@ a second model. Imported only where TRL is installed.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -197,6 +198,7 @@ def preference_trainer(
     """
     if args.world_size > 1:
         raise ThriftyError(f"objective {objective.name} trains in one process, not in {args.world_size}")
+    tokenizer = copy.deepcopy(tokenizer)  # the run measures with its own
     if not tokenizer.chat_template:
         tokenizer.chat_template = chat_template(tokenizer)  # the form in which conversations are written here
     rows = list(rows)
