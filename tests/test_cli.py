@@ -216,7 +216,7 @@ def test_methods_and_env(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MISTAKES = {
-    (): "no verb given: one of demo, init, train, eval, export, chat, methods, env",
+    (): "no verb given: one of demo, init, train, eval, export, chat, delta, methods, env",
     ("trian",): "unknown verb 'trian'; did you mean `thrifty train`?",
     ("finetune",): "did you mean `thrifty train`?",
     ("merge",): "did you mean `thrifty export`?",
