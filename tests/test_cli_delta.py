@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -57,6 +58,11 @@ def test_show_says_what_a_delta_holds(runs: Path) -> None:
     plan = Delta.load(runs / "one/delta").plan
     assert f"{plan.trainable_parameters:,} of {plan.total:,} numbers trained" in done.stdout
     assert "on disk: " in done.stdout
+    assert "run: objective sft, budget 5%, steps 3, learning_rate 0.01, seed 7" in done.stdout
+    record = json.loads((runs / "one/delta/delta.json").read_text(encoding="utf-8"))
+    summary = json.loads((runs / "one/summary.json").read_text(encoding="utf-8"))
+    assert record["info"]["fingerprints"] == summary["fingerprints"]
+    assert str(runs) not in json.dumps(record)
     assert "layer  kind" in done.stdout
     assert (runs / "touched.png").read_bytes().startswith(b"\x89PNG")
     each = command("delta", "show", "one/delta", "--rank", cwd=runs).stdout

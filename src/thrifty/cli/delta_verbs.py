@@ -125,6 +125,8 @@ def _show(arguments: argparse.Namespace) -> int:
     delta = open_delta(arguments.delta)
     size = sum(file.stat().st_size for file in delta_folder(arguments.delta).rglob("*") if file.is_file())
     print(f"method: {dict(delta.method)}")
+    if delta.info:
+        print("run: " + ", ".join(f"{key} {value}" for key, value in delta.info.items() if not isinstance(value, dict)))
     if delta.new_tokens is not None:
         print(f"new tokens: {', '.join(delta.new_tokens.ids)}")
     if not delta.pieces:

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
     from .trainer import ThriftyTrainer
 
-__all__ = ["data_fingerprint", "describe_data", "make_summary", "model_fingerprint", "print_result", "versions"]
+__all__ = [
+    "data_fingerprint",
+    "delta_info",
+    "describe_data",
+    "make_summary",
+    "model_fingerprint",
+    "print_result",
+    "versions",
+]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "peft")
 
@@ -124,6 +132,19 @@ def make_summary(
         "data": dataclasses.asdict(report),
         "versions": versions(),
         "seed": config.seed,
+    }
+
+
+def delta_info(config: RunConfig, *, trainer: ThriftyTrainer) -> dict[str, Any]:
+    """What a delta tells of its run wherever it goes; no path of this machine. The run's `summary.json` tells more."""
+    return {
+        "fingerprints": trainer.record["fingerprints"],
+        "objective": plain(config.objective),
+        "budget": None if config.budget is None else str(config.budget),
+        "steps": trainer.state.global_step,
+        "learning_rate": trainer.args.learning_rate,
+        "seed": config.seed,
+        "versions": versions(),
     }
 
 

@@ -40,7 +40,7 @@ from .objectives import parse_objective, refuse_unsupported
 from .order import row_order
 from .probe_batches import check_text, probe_batches, probe_loss
 from .rows import Rows, check_fits, load_rows, order_of, packed_rows
-from .summary import data_fingerprint, describe_data, make_summary, model_fingerprint, print_result
+from .summary import data_fingerprint, delta_info, describe_data, make_summary, model_fingerprint, print_result
 from .trainer import Row, ThriftyTrainer
 
 __all__ = ["Run", "run_training", "train"]
@@ -115,6 +115,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     )
     with no_progress_bars():  # whole tensors are read from the base once more
         delta = tuning.delta()
+    delta.info = delta_info(config, trainer=trainer)
     if args.should_save:
         with disk_errors(str(output / "delta"), fix=_GO_ON):
             delta.save(output / "delta")
