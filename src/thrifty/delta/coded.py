@@ -18,7 +18,7 @@ from ..core.errors import ThriftyError
 from ..core.low_rank import LowRank
 from ..core.region import Region
 from ..core.tensor_file import Outline
-from .back import pack_back, unpack_back
+from .back import floating_dtype, pack_back, unpack_back
 from .coding import Coding, Product, coding_from
 from .digest import fingerprint
 
@@ -119,11 +119,7 @@ class CodedPiece:
     ) -> None:
         """ThriftyError where a file's record and the outlines of what it holds make no sense; nothing is read."""
         coding = coding_from(name, record["coding"], region=region, shape=shape)
-        dtype = getattr(torch, str(record["dtype"]), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ThriftyError(
-                f"{name}: the delta's dtype {record['dtype']!r} is no floating-point type: it is damaged"
-            )
+        floating_dtype(name, record)
         runs = coding.runs(region, shape)
         expected = {"codes": sum(run.code_bytes for run in runs), "scales": sum(run.scales for run in runs)}
         types = {"codes": torch.uint8, "scales": torch.bfloat16, "back": torch.uint8}
@@ -134,8 +130,6 @@ class CodedPiece:
                     f"{name}: the delta's {key} are {outline.dtype} {outline.shape}, not {types[key]} {(size,)}: "
                     "it is damaged"
                 )
-        if not isinstance(record["base_sha256"], str):
-            raise ThriftyError(f"{name}: the delta's fingerprint of the base is no text: it is damaged")
 
     @classmethod
     def from_files(

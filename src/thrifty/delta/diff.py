@@ -14,6 +14,7 @@ from ..core.low_rank import LowRank
 from ..core.plan import Plan
 from ..core.region import Blocks, Region, Whole
 from .delta import Delta
+from .digest import bits
 from .files import AnyPiece
 from .low_rank import LowRankPiece
 from .piece import LazyPieces, Piece
@@ -50,7 +51,7 @@ def diff(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, error: floa
                 "the tuned model: give two checkpoints of one architecture in one dtype"
             )
         total += before.numel()
-        changed = _bits(before) != _bits(after)
+        changed = bits(before) != bits(after)
         if not before.dtype.is_floating_point or not bool(changed.any()):
             continue
         region = region_of(changed, itemsize=before.dtype.itemsize)
@@ -134,9 +135,3 @@ def low_rank_factors(change: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
     u, s, v = torch.linalg.svd(change.float(), full_matrices=False)
     root = s[..., :rank].sqrt()
     return (u[..., :rank] * root[..., None, :]).contiguous(), (root[..., None] * v[..., :rank, :]).contiguous()
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """So that -0.0 differs from 0.0, and NaN equals itself."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().cpu().contiguous().view(kinds[tensor.dtype.itemsize])

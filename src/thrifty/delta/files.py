@@ -105,6 +105,8 @@ def read_pieces(folder: Path, head: Mapping[str, Any]) -> LazyPieces[AnyPiece]:
         index = read(name, "index") if f"index:{name}" in file else None
         region, shape = region_from_files(record["region"], index), tuple(int(n) for n in record["of"])
         region.check(name, shape)
+        if not isinstance(record["base_sha256"], str):
+            raise ThriftyError(f"{name}: the delta's fingerprint of the base is no text: it is damaged")
         kind = _kind(record, region)
         outlines = {key: file.outlines[f"{key}:{name}"] for key in kind.HELD}
         kind.check(name, record, outlines, region=region, shape=shape)  # type: ignore[arg-type]

@@ -13,14 +13,12 @@ from ..core.region import Blocks, Region, Whole
 from ..kernels.low_rank import add_product, subtract_product
 from .additive import Addend, of_pair, of_region
 from .coded import CodedPiece
-from .digest import fingerprint
+from .digest import bits, fingerprint
 from .files import AnyPiece
 from .low_rank import LowRankPiece
 from .piece import Piece
 
 __all__ = ["Held", "HeldPair", "HeldRegion", "hold"]
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class HeldRegion:
@@ -96,8 +94,7 @@ class HeldPair:
         self.left, self.right = (factor.to(base.device, copy=True) for factor in (piece.left, piece.right))
         self.fingerprint = piece.fingerprint
         guess = subtract_product(self.trained(base), self.left, self.right, scale=self.scale)
-        bits = _BITS[base.dtype.itemsize]
-        differs = guess.view(bits) != base.detach().contiguous().view(bits)
+        differs = bits(guess) != bits(base)
         self._index = differs.flatten().nonzero()[:, 0]
         self._lost = base.detach().flatten().index_select(0, self._index)
 

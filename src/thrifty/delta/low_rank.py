@@ -19,7 +19,7 @@ from ..core.errors import ThriftyError
 from ..core.low_rank import LowRank
 from ..core.tensor_file import Outline
 from ..kernels.low_rank import add_product, subtract_product
-from .back import pack_back, unpack_back
+from .back import floating_dtype, pack_back, unpack_back
 from .digest import fingerprint
 
 __all__ = ["LowRankPiece"]
@@ -84,19 +84,13 @@ class LowRankPiece:
     ) -> None:
         """ThriftyError where a file's record and the outlines of what it holds make no sense; nothing is read."""
         left, right, back = (outlines[key] for key in cls.HELD)
-        dtype = getattr(torch, str(record["dtype"]), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ThriftyError(
-                f"{name}: the delta's dtype {record['dtype']!r} is no floating-point type: it is damaged"
-            )
+        floating_dtype(name, record)
         fits = left.shape == (shape[0], region.r) and right.shape == (region.r, shape[1])
         if not fits or left.dtype != right.dtype or not left.dtype.is_floating_point or back.dtype != torch.uint8:
             raise ThriftyError(
                 f"{name}: the delta's factors {left.shape} and {right.shape} do not make a matrix of {shape} with rank "
                 f"{region.r}: it is damaged"
             )
-        if not isinstance(record["base_sha256"], str):
-            raise ThriftyError(f"{name}: the delta's fingerprint of the base is no text: it is damaged")
 
     @classmethod
     def from_files(

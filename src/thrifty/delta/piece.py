@@ -78,8 +78,6 @@ class Piece:
             )
         if not values.dtype.is_floating_point:
             raise ThriftyError(f"{name}: the delta holds {values.dtype}, not floating-point values: it is damaged")
-        if not isinstance(record["base_sha256"], str):
-            raise ThriftyError(f"{name}: the delta's fingerprint of the base is no text: it is damaged")
 
     @classmethod
     def from_files(
