@@ -31,8 +31,8 @@ SWAPS = 1000
 class Study:
     """What is measured, one JSON file each."""
 
-    def __init__(self, *, data: Path, out: Path, threads: int) -> None:
-        self.data, self.out, self.threads = data, out, threads
+    def __init__(self, *, data: Path, out: Path, threads: int, only: tuple[str, ...] = ("",)) -> None:
+        self.data, self.out, self.threads, self.only = data, out, threads, only
         git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
         self.commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -54,13 +54,13 @@ class Study:
     def keep(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` gives, kept as a file."""
         path = HERE / f"{name}.json"
-        if not path.exists():
+        if not path.exists() and name.startswith(self.only):
             began = time.monotonic()
             found = make()
             study = {"commit": self.commit, "threads": self.threads, "seconds": round(time.monotonic() - began, 1)}
             path.write_text(json.dumps(found | {"study": study}, indent=1) + "\n")
             print(f"{time.strftime('%H:%M')} {name} ({study['seconds']:.0f} s)", flush=True)
-        return json.loads(path.read_text())
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def score(self, model: Any, task: str) -> dict[str, float]:
         """snips: loss and greedy exact match; boolq: loss and choice of true or false. Rows from the valid files."""
@@ -196,13 +196,15 @@ def exported(study: Study, run: Path, delta: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="OMP_NUM_THREADS (all)")
+    parser.add_argument("--only", default="", metavar="A,B", help="what begins so; two sittings can share the work")
     given = parser.parse_args()
     if not {"DATA", "OUT"} <= set(os.environ):
         parser.error("set DATA and OUT in the environment")
     os.environ |= {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
     out = Path(os.environ["OUT"]).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    everything(Study(data=Path(os.environ["DATA"]).resolve(), out=out, threads=given.threads))
+    only = tuple(given.only.split(","))
+    everything(Study(data=Path(os.environ["DATA"]).resolve(), out=out, threads=given.threads, only=only))
     print("no measurement is left to make", flush=True)
 
 
