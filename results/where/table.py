@@ -55,7 +55,8 @@ rows, AdamW, linear decay. A seed decides the order of the rows, the same for al
 - **s a step**: seconds of training without the probe, over the steps (a mean: what is done once during training, such
   as choosing anew, is in it). **probe**: seconds of looking at gradients or text before the first step; choosing by it
   (sorting, LIFT's decomposition) is in neither. **peak**: resident bytes of probe and training above the loaded model,
-  the highest of the seeds. All from the run's `summary.json`.
+  the highest of the seeds. All from the run's `summary.json`. The machine had other work beside these runs: seconds
+  are rough, and [docs/performance.md](../performance.md) compares steps properly.
 - **learning rate**: of three a factor of about three apart, and a fourth where the best lay at the edge, the one with
   the lowest loss on rows 99 %-100 % of the *training* file after {SEARCH_STEPS} steps of
   {SEARCH_BATCH} rows and a probe of {SEARCH_UNITS} units (seed 0).
