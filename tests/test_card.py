@@ -41,7 +41,7 @@ def cells(card: str) -> dict[str, str]:
 def test_the_card_tells_what_was_done(run: Path) -> None:
     text = (run / "my-model/README.md").read_text(encoding="utf-8")
     card = ModelCard(text)
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert card.data.tags == ["thrifty", "smt"]
     assert card.data.base_model is None, "a local folder is no hub id"
     assert card.data.model_name == "my-model"

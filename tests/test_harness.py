@@ -80,7 +80,6 @@ def figures(said: str) -> dict[str, float]:
 
 
 def test_the_figures_are_those_of_base_plus_delta(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lm_eval")
     base = AutoModelForCausalLM.from_pretrained(run / "model").eval()
     untrained = expected(base, run)
     trained = expected(Delta.load(run / "out/delta").apply(base), run)
@@ -92,7 +91,6 @@ def test_the_figures_are_those_of_base_plus_delta(run: Path, capsys: pytest.Capt
 
 
 def test_a_task_that_lm_eval_does_not_know(run: Path) -> None:
-    pytest.importorskip("lm_eval")
     with pytest.raises(ThriftyError, match="did you mean 'tiny_sums'"):
         harness.run_harness(locate(str(run / "out")), tasks=["tiny_sumz"], folder=str(run / "tasks"))
 
