@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from study import BATCH, CODINGS, EXACT, MAX_LENGTH, RANKS, ROWS, SMT, STEPS
+from study import BATCH, CODINGS, EXACT, MAX_LENGTH, RANKS, ROWS, SMT, STEPS, file_name
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "results" / "delta.md"
@@ -75,11 +75,11 @@ def smaller() -> list[str]:
         logits = [f"{found['logits']:.2f}"] if found else [""]
         rows.append([f"as LoRA, rank {rank}", *cells, *score(found, "loss", "exact_match"), *logits])
     for how in CODINGS:
-        found = load(f"compressed-{how.replace('=', '-').replace('%', '')}")
+        found = load(file_name(how))
         cells = [mib(found["bytes"]), f"{found['lost']:.3f}"] if found else ["", ""]
         rows.append([f"compressed, {how}", *cells, *score(found, "loss", "exact_match"), ""])
     lines = table(["form", "MiB", "change lost", "loss", "exact match", "largest logit difference"], rows)
-    exact = [load(f"compressed-{how.replace('=', '-').replace('%', '')}") for how in CODINGS]
+    exact = [load(file_name(how)) for how in CODINGS]
     done = [found["removed_exactly"] for found in exact if found]
     if done:
         lines.append(f"Compressed deltas whose removal gave the base bit for bit: {sum(done)} of {len(done)}.")
