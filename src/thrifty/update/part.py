@@ -39,8 +39,9 @@ def leaf_dtype(dtype: torch.dtype) -> torch.dtype:
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     touched = False
-    for reference in list(_LIVE.values()):
-        part = reference()
+    for key in list(_LIVE):  # keys alone: making pairs of them may collect garbage, which drops entries
+        reference = _LIVE.get(key)
+        part = None if reference is None else reference()
         if part is not None and id(part.leaf) in stepped:
             part.write()
             part.stamp += 1
@@ -106,8 +107,9 @@ class Part:
 
     def disarm(self) -> None:
         """Take the triggers away."""
-        for key, reference in list(_LIVE.items()):
-            if reference() is self:
+        for key in list(_LIVE):
+            reference = _LIVE.get(key)
+            if reference is not None and reference() is self:
                 del _LIVE[key]
         if not self.in_leaf:
             self._handle.remove()
