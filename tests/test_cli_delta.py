@@ -76,7 +76,18 @@ def test_verify_knows_the_base_and_the_trained_model(runs: Path) -> None:
     wrong = command("delta", "verify", "other", "--base", "exported", cwd=runs)
     assert wrong.returncode == 2
     assert "another base, or a changed one" in wrong.stdout
-    assert "thrifty: exported is neither the delta's base nor the base with the delta applied" in wrong.stderr
+    Delta.load(runs / "one/delta").apply(trained := load_model(runs / "model"))
+    name = next(iter(Delta.load(runs / "one/delta").plan))
+    place = Delta.load(runs / "one/delta").plan[name]
+    place.scatter_(trained.get_parameter(name).data, place.gather(trained.get_parameter(name)) + 1)  # trained further
+    trained.save_pretrained(runs / "further")
+    further = command("delta", "verify", "one", "--base", "further", cwd=runs)
+    assert further.returncode == 2
+    assert f"{name}: another base, or a changed one" in further.stdout
+    assert "changed since" in command("delta", "remove", "one", "further", "--output", "lost", cwd=runs).stderr
+    assert "is the base already" in command("delta", "remove", "one", "model", "--output", "lost", cwd=runs).stderr
+    assert not (runs / "lost").exists()
+    assert "thrifty: exported is neither the delta's base nor the base with exactly this delta" in wrong.stderr
 
 
 def test_the_algebra_from_the_command_line(runs: Path) -> None:
@@ -171,6 +182,16 @@ def test_interpolation_runs_from_the_base_to_the_result(runs: Path) -> None:
     assert losses[0] != losses[1]
 
 
+def test_a_delta_without_its_run_is_interpolated_and_a_weight_of_one_alone_verified(runs: Path) -> None:
+    assert command("delta", "add", "one", "other", "--weights", "1,0", "--output", "only", cwd=runs).returncode == 0
+    words = ("--base", "model", "--weights", "0,1", "data.eval=eval.jsonl")
+    done = command("delta", "interpolate", "only", *words, cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert command("delta", "apply", "only", "--base", "model", "--output", "onlied", cwd=runs).returncode == 0
+    assert "applied: all" in command("delta", "verify", "only", "--base", "onlied", cwd=runs).stdout
+    assert "base: all" in command("delta", "verify", "only", "--base", "model", cwd=runs).stdout
+
+
 def test_training_on_top_of_deltas_and_flattening(runs: Path) -> None:
     values = configuration(runs, model={"base": str(runs / "model"), "deltas": [str(runs / "one")]}, max_steps=2)
     values |= {"method": "random_blocks", "output_dir": "top"}
@@ -210,9 +231,12 @@ def test_full_training_on_top_of_deltas_gives_an_exact_delta(runs: Path, tmp_pat
         (("delta", "show", "model"), "model is no folder of a delta or of a finished run"),
         (("delta", "add", "one", "--weights", "1,2", "--output", "x"), "--weights has 2 numbers for 1 deltas"),
         (("delta", "add", "one", "--weights", "a", "--output", "x"), "argument --weights: invalid"),
+        (("delta", "scale", "one", "nan", "--output", "x"), "weight nan is not valid: give a finite number"),
+        (("delta", "add", "one", "other", "--output", "other/delta"), "other/delta exists: name a new folder"),
+        (("train", "add_tokens=[" + "x" * 300 + "]", "nothing.yaml"), "nothing.yaml"),
         (("delta", "stack", "one", "--output", "x"), "thrifty delta stack takes two deltas, not 1"),
         (("delta", "diff", "model", "model", "--output", "x"), "the two models are equal"),
-        (("delta", "scale", "one", "2", "--output", "model"), "model exists and is no delta"),
+        (("delta", "scale", "one", "2", "--output", "model"), "model exists: name a new folder, or remove it first"),
         (("train", "model={bas: x}"), "unknown key 'model.bas'; did you mean 'model.base'?"),
         (("train", "model={base: model, deltas: one}", "data.train=train.jsonl"), "model.deltas must be a list"),
         (

@@ -155,9 +155,13 @@ def test_another_checkpoint_is_refused_by_its_first_tensor(tmp_path: Path) -> No
     refused(lambda: merge_checkpoint(delta, base, output, dtype="float23"), output, "did you mean 'float32'")
     refused(lambda: merge_checkpoint(delta, tmp_path / "base" / "nothing", output), output, "no such folder")
     half = merge_checkpoint(delta, base, tmp_path / "half", dtype="bfloat16")
-    refused(lambda: unmerge_checkpoint(delta, half, output), output, "another checkpoint, or one in another dtype")
+    refused(
+        lambda: unmerge_checkpoint(delta, half, output),
+        output,
+        "one in another dtype, or changed since",
+    )
     delta.new_tokens = NewTokens(ids={"<a>": 97}, base_rows=97, rows=98)
-    refused(lambda: merge_checkpoint(delta, base, output), output, "adds tokens.*use `thrifty export`")
+    refused(lambda: merge_checkpoint(delta, base, output), output, "adds tokens.*`thrifty export` applies it")
     delta.new_tokens = None
     with pytest.raises(ThriftyError, match="holds the base model itself"):
         merge_checkpoint(delta, base, base)

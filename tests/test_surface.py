@@ -65,7 +65,7 @@ DELTA_VERBS = {
     "stack": ["--base", "--output", "deltas"],
     "scale": ["--base", "--output", "delta", "weight"],
     "compress": ["--base", "--output", "--tensors", "delta", "how"],
-    "interpolate": ["--weights", "delta", "settings"],
+    "interpolate": ["--base", "--weights", "delta", "settings"],
     "transfer": ["--base", "--output", "delta"],
 }
 KEYS = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,12 +42,12 @@ def add_delta_verbs(group: Any, parser_class: type[argparse.ArgumentParser]) -> 
     apply.add_argument("--base", metavar="MODEL", help="the delta's base; the run's own unless given")
     apply.add_argument("--dtype", choices=_DTYPES, help="of the checkpoint; the delta's own unless given")
     apply.add_argument("--gguf", metavar="FILE", help="write a GGUF file of it too (llama-like models)")
-    _output(apply, "a new folder")
+    _output(apply)
 
     remove = verb("remove", "Write the base again from a checkpoint with the delta in it, bit for bit", _remove)
     remove.add_argument("delta", help=_DELTA)
     remove.add_argument("model", help="the folder of the checkpoint with the delta in it")
-    _output(remove, "a new folder")
+    _output(remove)
 
     convert = verb("convert", "Make a PEFT adapter of a delta, or a delta of a PEFT adapter", _convert)
     convert.add_argument("source", help="the folder of a delta, of a run, or of a PEFT adapter")
@@ -56,7 +55,7 @@ def add_delta_verbs(group: Any, parser_class: type[argparse.ArgumentParser]) -> 
     convert.add_argument("--rank", type=int, help="lora: one rank for all modules (what vLLM reads)")
     convert.add_argument("--error", type=float, metavar="SHARE", help="lora: of each change that may be lost, instead")
     convert.add_argument("--base", metavar="MODEL", help="the base; the run's own unless given")
-    _output(convert, "a new folder")
+    _output(convert)
 
     diff = verb("diff", "Write the difference of two models of one architecture as a delta", _diff)
     diff.add_argument("base", help="a model: an embedded name, a folder or a hub id")
@@ -74,7 +73,7 @@ def add_delta_verbs(group: Any, parser_class: type[argparse.ArgumentParser]) -> 
         sub = verb(name, summary, _combine)
         sub.add_argument("deltas", nargs="+", help=_DELTA)
         if name in ("add", "average"):
-            sub.add_argument("--weights", type=_numbers, metavar="A,B", help="one for each delta; 1 unless given")
+            sub.add_argument("--weights", type=numbers, metavar="A,B", help="one for each delta; 1 unless given")
         _base(sub)
         _output(sub)
 
@@ -94,8 +93,9 @@ def add_delta_verbs(group: Any, parser_class: type[argparse.ArgumentParser]) -> 
     between = verb("interpolate", "Evaluate a run between its base (0) and its result (1)", _interpolate)
     between.add_argument("delta", help=_DELTA)
     between.add_argument("settings", nargs="*", metavar="key=value", help="what to measure: data.eval=... eval.*")
+    _base(between)
     between.add_argument(
-        "--weights", type=_numbers, default=[0, 0.25, 0.5, 0.75, 1], metavar="A,B", help="0,.25,.5,.75,1"
+        "--weights", type=numbers, default=[0, 0.25, 0.5, 0.75, 1], metavar="A,B", help="0,.25,.5,.75,1"
     )
 
     transfer = verb("transfer", "Make the same change to another base, such as a newer version of the model", _transfer)
@@ -104,7 +104,7 @@ def add_delta_verbs(group: Any, parser_class: type[argparse.ArgumentParser]) -> 
     _output(transfer)
 
 
-def _output(sub: argparse.ArgumentParser, what: str = "a new folder, or a delta to replace") -> None:
+def _output(sub: argparse.ArgumentParser, what: str = "a new folder") -> None:
     sub.add_argument("--output", required=True, metavar="FOLDER", help=what)
 
 
@@ -112,7 +112,7 @@ def _base(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--base", metavar="MODEL", help="the deltas' base; needed where low-rank pairs are summed")
 
 
-def _numbers(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
@@ -142,21 +142,19 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from thrifty.run.deltas import base_name, base_tensors, open_delta, verify
+    from thrifty.run.deltas import base_name, open_delta, verify
 
     delta = open_delta(arguments.delta)
+    _dtype(delta)
     model = base_name(arguments.delta, arguments.base)
-    found = verify(delta, base_tensors(model, dtype=_dtype(delta)))
-    states = Counter(found.values())
-    for state in ("base", "applied"):
-        if states[state] == len(found):
-            what = "the delta can be applied" if state == "base" else "the delta can be removed"
+    found = verify(delta, model)
+    for state, what in (("base", "the delta can be applied"), ("applied", "the delta can be removed")):
+        if set(found.values()) <= {state, "unchanged"}:
             print(f"{state}: all {len(found)} tensors; {what}")
             return 0
-    for name, state in found.items():
-        if state not in ("base", "applied") or len(states) > 1:
-            print(f"{name}: {state}")
-    raise ThriftyError(f"{model} is neither the delta's base nor the base with the delta applied")
+    for name, said in found.items():
+        print(f"{name}: {said}")
+    raise ThriftyError(f"{model} is neither the delta's base nor the base with exactly this delta")
 
 
 def _apply(arguments: argparse.Namespace) -> int:
@@ -243,10 +241,10 @@ def _scale(arguments: argparse.Namespace) -> int:
 def _compress(arguments: argparse.Namespace) -> int:
     from thrifty.delta import Delta
     from thrifty.delta.compress import compress, measure
-    from thrifty.run.deltas import open_delta
+    from thrifty.run.deltas import open_delta, unused
 
     delta = open_delta(arguments.delta)
-    compress(delta, arguments.how, base=_tensors(arguments.base, [delta])).save(arguments.output)
+    compress(delta, arguments.how, base=_tensors(arguments.base, [delta])).save(unused(arguments.output))
     report = measure(delta, Delta.load(arguments.output))
     print(report if arguments.tensors else f"in all: {report.total}")
     return 0
@@ -255,8 +253,12 @@ def _compress(arguments: argparse.Namespace) -> int:
 def _interpolate(arguments: argparse.Namespace) -> int:
     from thrifty.run.deltas import sweep
     from thrifty.run.folder import locate
+    from thrifty.run.model import delta_folder
 
-    place = locate(arguments.delta, settings=arguments.settings)
+    if arguments.base is not None:
+        place = locate(arguments.base, delta=str(delta_folder(arguments.delta)), settings=arguments.settings)
+    else:
+        place = locate(arguments.delta, settings=arguments.settings)
     if place.delta is None:
         raise ThriftyError(f"{arguments.delta} is no folder of a run or of a delta: there is nothing to scale")
     for number, (weight, scores) in enumerate(sweep(place, arguments.weights)):
@@ -275,7 +277,9 @@ def _transfer(arguments: argparse.Namespace) -> int:
 
 
 def _write(delta: Delta, output: str) -> int:
-    delta.save(output)
+    from thrifty.run.deltas import unused
+
+    delta.save(unused(output))
     plan = delta.plan
     print(f"wrote {output}: {plan.trainable_parameters:,} numbers in {len(plan)} tensors")
     return 0

@@ -114,7 +114,14 @@ def env(arguments: argparse.Namespace) -> int:
 
 def _split(items: list[str]) -> tuple[str | None, list[str]]:
     """The run file, if one is named, and the settings."""
-    files = [item for item in items if "=" not in item or Path(item).is_file()]
+    files = [item for item in items if "=" not in item or _is_file(item)]
     if len(files) > 1:
         raise ThriftyError(f"one run file at a time: {files[0]!r} and {files[1]!r}; settings are written key=value")
     return (files[0] if files else None), [item for item in items if item not in files]
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # longer than a name may be
+        return False

@@ -7,6 +7,7 @@ compressed pieces, need the base's values, which neither hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -71,6 +72,9 @@ def _combined(
     base: Base | None,
     what: str,
 ) -> Delta:
+    for _, weight in terms:
+        if not math.isfinite(weight):
+            raise ThriftyError(f"weight {weight} is not valid: give a finite number")
     deltas = [delta for delta, _ in terms]
     plans = [_plan(delta) for delta in deltas]
     regions: dict[str, Region] = {}
@@ -228,7 +232,8 @@ def dense_change(piece: AnyPiece) -> Tensor:
 def _base_tensor(name: str, piece: AnyPiece, base: Base | None) -> Tensor:
     if base is None or name not in base:
         raise ThriftyError(
-            f"{name} was changed by a low-rank pair or is compressed, which needs the base: give the base model"
+            f"{name} was changed by a low-rank pair or is compressed, which needs the base: give the base model "
+            "(--base)"
         )
     tensor = base[name].detach().to("cpu", piece.dtype)
     if fingerprint(tensor) != piece.fingerprint:
@@ -243,7 +248,10 @@ def _one_base(name: str, pieces: Sequence[AnyPiece]) -> None:
 
 def _total(deltas: Sequence[Delta]) -> int:
     if len({delta.total for delta in deltas}) > 1:
-        raise ThriftyError("these deltas are of models with different numbers of parameters: not of one base")
+        raise ThriftyError(
+            "these deltas are of models with different numbers of parameters: not of one base, or one of them added "
+            "tokens"
+        )
     return deltas[0].total
 
 

@@ -16,11 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import ThriftyError, nearest
 from ..core.plan import Plan
-from .digest import fingerprint
+from .digest import bits, fingerprint
 from .files import FORMAT, JSON, AnyPiece, read_head, read_pieces, write_folder
 from .piece import LazyPieces, Piece
 from .vocabulary import NewTokens, vocabulary_tensors
@@ -61,9 +62,17 @@ def fitting(name: str, piece: AnyPiece, parameters: Mapping[str, Tensor]) -> Ten
 def check_base(name: str, piece: AnyPiece, tensor: Tensor) -> None:
     """ThriftyError where `tensor` is not the exact base of `piece`."""
     if fingerprint(tensor) != piece.fingerprint:
-        applied = fingerprint(piece.base_of(tensor)) == piece.fingerprint
-        why = "the delta is applied already" if applied else "another base, or a changed one"
+        why = "the delta is applied already" if is_applied(piece, tensor) else "another base, or a changed one"
         raise ThriftyError(f"{name} differs from the base of this delta: {why}")
+
+
+def is_applied(piece: AnyPiece, tensor: Tensor) -> bool:
+    """Is `tensor` the base of `piece` with exactly its change? True, too, of the base where nothing changes."""
+    base = piece.base_of(tensor)
+    if fingerprint(base) != piece.fingerprint:
+        return False
+    piece.write_(base)
+    return torch.equal(bits(base), bits(tensor))
 
 
 @dataclass
@@ -95,14 +104,14 @@ class Delta:
         with ExitStack() as undo:
             if self.new_tokens is not None and self.new_tokens.grow(model):
                 undo.callback(self.new_tokens.shrink, model)
-                self._fill(model, first=self.new_tokens.base_rows)
+                self.fill(model, first=self.new_tokens.base_rows)
             self._write(model)
             undo.pop_all()
         setattr(model, APPLIED, getattr(model, APPLIED, 0) + 1)
         return model
 
-    def _fill(self, model: nn.Module, *, first: int) -> None:
-        """Give the rows from `first` on the values that they had before training."""
+    def fill(self, model: nn.Module, *, first: int) -> None:
+        """Give the rows from `first` on, those of new tokens, the values that they had before training."""
         for name, tensor in vocabulary_tensors(model).items():
             piece = self.pieces.get(name)
             if isinstance(piece, Piece) and piece.shape == tuple(tensor.shape):
@@ -126,8 +135,10 @@ class Delta:
         if first and all(fingerprint(tensors[name]) == piece.fingerprint for name, piece in self.pieces.items()):
             raise ThriftyError(f"{first} is the base already: the delta is not applied, there is nothing to remove")
         for name, piece in self.pieces.items():
-            if fingerprint(piece.base_of(tensors[name])) != piece.fingerprint:
-                raise ThriftyError(f"{name} differs from the base of this delta outside its region: another base")
+            if not is_applied(piece, tensors[name]):
+                raise ThriftyError(
+                    f"{name} is not this delta on its base: another model, or values that were changed since"
+                )
         for name, piece in self.pieces.items():
             tensors[name].data.copy_(piece.base_of(tensors[name]))
         if self.new_tokens is not None:

@@ -14,6 +14,7 @@ from thrifty.core.errors import ThriftyError, nearest
 from thrifty.delta import Delta, fingerprint
 from thrifty.delta.adapter import adapter_difference
 from thrifty.delta.algebra import combine
+from thrifty.delta.delta import is_applied
 from thrifty.delta.from_peft import from_adapter
 from thrifty.delta.shira import save_shira
 from thrifty.delta.to_peft import save_lora
@@ -23,7 +24,7 @@ from .folder import Place, locate
 from .merged import Checkpoint
 from .model import ModelName, base_and_deltas, delta_folder, load_model, load_tokenizer, resolve
 
-__all__ = ["base_folder", "base_name", "base_tensors", "convert", "open_delta", "sweep", "verify"]
+__all__ = ["base_folder", "base_name", "base_tensors", "convert", "open_delta", "sweep", "unused", "verify"]
 
 
 def open_delta(source: str) -> Delta:
@@ -47,6 +48,14 @@ def base_folder(source: str, base: str | None) -> str:
     return name
 
 
+def unused(output: str) -> str:
+    """`output`; ThriftyError where the folder is in use: a delta in it may be all that is left of a run."""
+    folder = Path(output)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ThriftyError(f"{output} exists: name a new folder, or remove it first")
+    return output
+
+
 def convert(
     source: str, *, to: str, output: str, base: str | None = None, rank: int | None = None, error: float | None = None
 ) -> Iterator[str]:
@@ -58,7 +67,7 @@ def convert(
             raise ThriftyError(f"{source} is a PEFT adapter without its run: name its base model with --base")
         folder = delta_folder(source) if is_run else Path(source)
         delta = from_adapter(folder, load_model(base_name(source, base)))
-        delta.save(output)
+        delta.save(unused(output))
         yield f"wrote {output}: {delta.plan.trainable_parameters:,} numbers in {len(delta.plan)} tensors"
         yield f"largest logit difference: {delta.info['logit_difference']:.3g}"
         return
@@ -72,7 +81,7 @@ def convert(
         if odd := [key for key in ("modules_to_save", "lora_bias", "rank_pattern") if adapter.config.get(key)]:
             yield f"it needs PEFT's {' and '.join(odd)}, which vLLM does not load"
     else:
-        yield f"wrote {output}: SHiRA, {save_shira(delta, output, model, base_model=label):,} entries"
+        yield f"wrote {output}: SHiRA, r {save_shira(delta, output, model, base_model=label)}"
     yield f"largest logit difference: {adapter_difference(delta, output, model):.3g}"
 
 
@@ -98,9 +107,11 @@ def _parameter_names(folder: Path) -> set[str]:
     return {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
 
 
-def verify(delta: Delta, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Parameter name -> `base` (the delta can be applied), `applied` (it can be removed), or what is wrong."""
+def verify(delta: Delta, model: ModelName) -> dict[str, str]:
+    """Parameter name -> `base` (the delta can be applied), `applied` (exactly its values are there: it can be removed),
+    `unchanged` (the delta changes nothing in it, so it is both), or what is wrong."""
     found = {}
+    tensors = _as_trained(delta, model)
     for name, piece in delta.pieces.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -108,13 +119,22 @@ def verify(delta: Delta, tensors: Mapping[str, Tensor]) -> dict[str, str]:
             found[name] = "missing" + (f" (nearest: {close})" if close else "")
         elif tuple(tensor.shape) != piece.shape or tensor.dtype != piece.dtype:
             found[name] = f"{tensor.dtype} {tuple(tensor.shape)} instead of {piece.dtype} {piece.shape}"
-        elif fingerprint(tensor) == piece.fingerprint:
-            found[name] = "base"
-        elif fingerprint(piece.base_of(tensor)) == piece.fingerprint:
-            found[name] = "applied"
         else:
-            found[name] = "another base, or a changed one"
+            base, applied = fingerprint(tensor) == piece.fingerprint, is_applied(piece, tensor)
+            states = {(True, True): "unchanged", (True, False): "base", (False, True): "applied"}
+            found[name] = states.get((base, applied), "another base, or a changed one")
     return found
+
+
+def _as_trained(delta: Delta, model: ModelName) -> Mapping[str, Tensor]:
+    """The tensors of `model`, with the rows that the delta's new tokens had before training where it lacks them."""
+    dtype = next(iter(delta.pieces.values())).dtype
+    if delta.new_tokens is None:
+        return base_tensors(model, dtype=dtype)
+    loaded = load_model(model, dtype=dtype)
+    if delta.new_tokens.grow(loaded):
+        delta.fill(loaded, first=delta.new_tokens.base_rows)
+    return {n: p.detach() for n, p in loaded.named_parameters(remove_duplicate=False)}
 
 
 def sweep(place: Place, weights: Sequence[float]) -> Iterator[tuple[float, dict[str, float]]]:

@@ -34,7 +34,10 @@ def locate(name: str, *, delta: str | None = None, file: str | None = None, sett
         if delta is not None:
             raise ThriftyError(f"{name} is a delta, and {delta} is given too: name the base model and one delta")
         if not (folder.parent / _RUN_FILE).is_file():
-            raise ThriftyError(f"{name} is a delta without its run: name its base model, and --delta {name}")
+            raise ThriftyError(
+                f"{name} is a delta without its run: name its base model (--base MODEL; eval and chat: "
+                f"MODEL --delta {name})"
+            )
         delta, folder = name, folder.parent
     if not (folder / _RUN_FILE).is_file():
         return Place(load_config(file, [*settings, f"model={name}"], needs_training_data=False), delta)

@@ -19,6 +19,7 @@ from thrifty.core.files import disk_errors, new_folder, write_json
 from thrifty.core.heap import trim_heap
 from thrifty.core.tensor_file import Outline, TensorFile, TensorWriter, unique_keys
 from thrifty.delta import Delta, fingerprint
+from thrifty.delta.delta import is_applied
 from thrifty.delta.files import AnyPiece
 
 from .export import _refuse_used
@@ -103,8 +104,7 @@ def merge_checkpoint(
 
     def trained(name: str, piece: AnyPiece, tensor: Tensor) -> Tensor:
         if fingerprint(tensor) != piece.fingerprint:
-            applied = fingerprint(piece.base_of(tensor)) == piece.fingerprint
-            why = "the delta is merged already" if applied else "another base, or a changed one"
+            why = "the delta is merged already" if is_applied(piece, tensor) else "another base, or a changed one"
             raise ThriftyError(f"{name} differs from the base of this delta: {why}")
         piece.write_(tensor)
         return tensor
@@ -123,10 +123,13 @@ def unmerge_checkpoint(
     where `merged_folder` is not the delta on its base."""
 
     def original(name: str, piece: AnyPiece, tensor: Tensor) -> Tensor:
-        base = piece.base_of(tensor)
-        if fingerprint(base) != piece.fingerprint:
-            raise ThriftyError(f"{name} is not this delta on its base: another checkpoint, or one in another dtype")
-        return base
+        if not is_applied(piece, tensor):
+            if fingerprint(tensor) == piece.fingerprint:
+                raise ThriftyError(f"{name} is the base already: the delta is not merged, there is nothing to remove")
+            raise ThriftyError(
+                f"{name} is not this delta on its base: another checkpoint, one in another dtype, or changed since"
+            )
+        return piece.base_of(tensor)
 
     return _rewrite(delta, merged_folder, output, original, dtype=dtype)
 
@@ -184,7 +187,10 @@ def _check_delta(delta: Delta) -> torch.dtype:
     if not delta.pieces:
         raise ThriftyError("this delta holds no regions (a PEFT adapter): convert it to a delta first")
     if delta.new_tokens is not None:
-        raise ThriftyError("this delta adds tokens, so the tokenizer changes too: use `thrifty export`")
+        raise ThriftyError(
+            "this delta adds tokens, so the tokenizer changes too: `thrifty export` applies it to a checkpoint, "
+            "and in Python Delta.remove takes it off again"
+        )
     dtypes = {piece.dtype for piece in delta.pieces.values()}
     if len(dtypes) > 1:
         raise ThriftyError(f"this delta was made on {' and '.join(map(str, dtypes))} tensors: use `thrifty export`")
