@@ -23,6 +23,7 @@ _OTHER_VERBS = {
     **dict.fromkeys(("finetune", "fine-tune", "fit", "tune", "sft", "run"), "train"),
     **dict.fromkeys(("evaluate", "test", "score"), "eval"),
     **dict.fromkeys(("merge", "save", "convert"), "export"),
+    **dict.fromkeys(("study", "benchmark", "sweep", "report"), "compare"),
     **dict.fromkeys(("generate", "ask", "inference"), "chat"),
     **dict.fromkeys(("list", "ls", "method"), "methods"),
     **dict.fromkeys(("version", "info", "doctor"), "env"),
@@ -95,6 +96,17 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="the run's own unless given")
     export.add_argument("--to-hub", metavar="USER/NAME", help="upload the folder to the Hugging Face hub too")
     export.add_argument("--private", action="store_true", help="with --to-hub: not for everyone to see")
+
+    compare = verb("compare", "Compare methods under equal conditions, and report which one pays", verbs.compare)
+    _settings(compare, "a study file or the folder of a study, and settings over it: seeds=[0,1]", count="+")
+    compare.add_argument("--report", action="store_true", help="run nothing: write the report of what is there")
+    compare.add_argument("--workers", type=int, default=1, metavar="N", help="runs side by side (1)")
+    compare.add_argument(
+        "--threads", type=int, metavar="N", help="of each run (the processors, divided by the workers)"
+    )
+    compare.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no run after so many minutes")
+    compare.add_argument("--only", metavar="A,B", help="only these methods of the study")
+    compare.add_argument("--retry-failed", action="store_true", help="make failed runs again")
 
     chat = verb("chat", "Talk to a model, a model with a delta, or a finished run", verbs.chat)
     _model(chat)

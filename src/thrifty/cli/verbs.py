@@ -9,7 +9,7 @@ from pathlib import Path
 
 from thrifty.core.errors import ThriftyError
 
-__all__ = ["Verb", "chat", "demo", "env", "evaluate", "export", "init", "methods", "train"]
+__all__ = ["Verb", "chat", "compare", "demo", "env", "evaluate", "export", "init", "methods", "train"]
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -79,6 +79,30 @@ def export(arguments: argparse.Namespace) -> int:
         private=arguments.private,
     )
     print(folder)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    from thrifty.study.compare import compare_study, write_evidence
+    from thrifty.study.config import load_study
+
+    file, settings = _split(arguments.settings)
+    if file is None:
+        raise ThriftyError("name a study file, or the folder of a study: thrifty compare study.yaml")
+    study = load_study(file, settings)
+    complete = True
+    if not arguments.report:
+        complete = compare_study(
+            study,
+            workers=arguments.workers,
+            threads=arguments.threads,
+            stop_after=arguments.stop_after,
+            only=tuple(name for name in (arguments.only or "").split(",") if name),
+            retry_failed=arguments.retry_failed,
+        )
+    write_evidence(study)
+    if not complete:
+        print(f"runs are left to make: `thrifty compare {file}` goes on")
     return 0
 
 

@@ -193,6 +193,7 @@ class ThriftyTrainer(Trainer):
             logs["padding"] = self.padding
             logs["tokens_per_second"] = self.tokens_per_second
             logs["memory_bytes"] = self.meter.now()
+        logs["train_seconds"] = self.clock.seconds
         logs["epoch"] = round(self.state.epoch or 0.0, 6)
         entry = {"step": self.state.global_step, **logs}
         self.state.log_history.append(entry)
