@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ class Study:
     output_dir: str
     text: str  # as it was given, or with what the command line changed
     file: Path | None  # where it was read
+    place: Callable[[str], str]  # of a dotted key: "study.yaml:7"
 
     def budgets_of(self, entry: Entry) -> list[StudyBudget]:
         """What `entry` is run at."""
@@ -176,6 +177,7 @@ class _Reader:
             output_dir=self.typed("output_dir", self.values.get("output_dir", f"studies/{self.name}"), str),
             text=self.text,
             file=self.file,
+            place=self.document.place,
         )
         self.check(study)
         return study

@@ -250,7 +250,8 @@ def check(study: Study) -> None:
     """Read the configuration of every run: ThriftyError for what any of them would refuse, before the first begins."""
     for cell in cells(study):
         if has_fit(cell.entry.method) and cell.budget.label == "own":
-            raise ThriftyError(f"methods.{cell.method}: fit needs a budget to fit, and its budget is own")
+            place = study.place(f"methods.{cell.method}")
+            raise ThriftyError(f"{place}: methods.{cell.method}: fit needs a budget to fit, and its budget is own")
         rate = cell.grid.low if isinstance(cell.grid, Range) else cell.grid[0]
         for stage in ("search", "final"):
             own = study.search.run if stage == "search" else {}
@@ -258,7 +259,8 @@ def check(study: Study) -> None:
                 run_config(cell.spec(stage, rate=rate, seed=study.seeds[0], own=own))
             except ThriftyError as error:
                 text = str(error).removeprefix("arguments: ")
-                raise ThriftyError(f"task {cell.task}, method {cell.method}: {text}") from None
+                place = study.place(f"methods.{cell.method}")
+                raise ThriftyError(f"{place}: method {cell.method} on task {cell.task}: {text}") from None
 
 
 def _key(record: Record) -> tuple[Any, Any, Any]:
