@@ -192,7 +192,8 @@ def test_init_writes_a_file_that_trains(run: Path, tmp_path: Path, capsys: pytes
         main(["init", file, "--model", f"{run}/model", "--data", f"{run}/train.jsonl", "--eval", f"{run}/eval.jsonl"])
         == 0
     )
-    assert capsys.readouterr().out == f"wrote {file}; now: thrifty train {file}\n"
+    wrote = f"wrote {file}; now: thrifty validate {file}, then thrifty train {file}\n"
+    assert capsys.readouterr().out.endswith(wrote)
     assert main(["train", file, "max_steps=2", "budget=5%", "max_length=48", f"output_dir={tmp_path}/out"]) == 0
     assert (tmp_path / "out/summary.json").is_file()
     capsys.readouterr()

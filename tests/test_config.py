@@ -294,7 +294,7 @@ def test_a_resolved_file_reads_the_same_in_any_yaml(tmp_path: Path) -> None:
 def test_init_writes_every_key_with_a_comment(tmp_path: Path) -> None:
     import dataclasses
 
-    file = init(str(tmp_path / "run.yaml"), model="smollm2-135m", train="my rows: 1.jsonl", eval="no")
+    file, _ = init(str(tmp_path / "run.yaml"), model="smollm2-135m", train="my rows: 1.jsonl", eval="no")
     config = load_config(file)
     assert config.data.train == (Source("my rows: 1.jsonl"),)
     assert config.data.eval == (Source("no"),)

@@ -28,6 +28,7 @@ _OTHER_VERBS = {
     **dict.fromkeys(("list", "ls", "method"), "methods"),
     **dict.fromkeys(("version", "info", "doctor"), "env"),
     **dict.fromkeys(("new", "create"), "init"),
+    **dict.fromkeys(("check", "lint", "verify", "inspect"), "validate"),
 }
 _SETTINGS = "settings over the run file: max_steps=50 method.smt.block_size=64 data.eval=held_out.jsonl"
 # What the user can mend; any other OSError is a defect and keeps its traceback.
@@ -76,6 +77,10 @@ def parser() -> argparse.ArgumentParser:
 
     train = verb("train", "Fine-tune a model", verbs.train)
     _settings(train, f"a run file, and {_SETTINGS}", count="+")
+
+    validate = verb("validate", "Check everything that a run needs, without training", verbs.validate)
+    _settings(validate, f"a run file, and {_SETTINGS}", count="+")
+    validate.add_argument("--step", action="store_true", help="also take one step of the largest batch, and measure it")
 
     evaluate = verb("eval", "Measure a model, a model with a delta, or a finished run", verbs.evaluate)
     _model(evaluate)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from thrifty.core.errors import ThriftyError
 
-__all__ = ["Verb", "chat", "compare", "demo", "env", "evaluate", "export", "init", "methods", "train"]
+__all__ = ["Verb", "chat", "compare", "demo", "env", "evaluate", "export", "init", "methods", "train", "validate"]
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -26,8 +26,10 @@ def demo(arguments: argparse.Namespace) -> int:
 def init(arguments: argparse.Namespace) -> int:
     from thrifty.run.init import init
 
-    path = init(arguments.file, model=arguments.model, train=arguments.data, eval=arguments.eval)
-    print(f"wrote {path}; now: thrifty train {path}")
+    path, notes = init(arguments.file, model=arguments.model, train=arguments.data, eval=arguments.eval)
+    for text in notes:
+        print(text)
+    print(f"wrote {path}; now: thrifty validate {path}, then thrifty train {path}")
     return 0
 
 
@@ -38,6 +40,13 @@ def train(arguments: argparse.Namespace) -> int:
     file, settings = _split(arguments.settings)
     run_training(load_config(file, settings))
     return 0
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    from thrifty.run.validate import validate
+
+    file, settings = _split(arguments.settings)
+    return 0 if validate(file, settings, step=arguments.step).is_clean else 2
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

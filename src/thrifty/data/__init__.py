@@ -15,13 +15,16 @@ from thrifty.data.encode import (
     encode,
     encode_all,
     encode_options,
+    encoded_rows,
+    nothing_trained,
     prompt_and_reference,
+    report_of,
     stop_ids,
 )
 from thrifty.data.pack import PackedRows, pack
 from thrifty.data.preferences import CONVERTERS, Judged, one_form
-from thrifty.data.shapes import Example, answer, options, with_answer
-from thrifty.data.source import Source, load
+from thrifty.data.shapes import Example, answer, options, shape_of, with_answer
+from thrifty.data.source import Source, examples_in, load
 from thrifty.data.template import chat_template
 from thrifty.data.units import units
 from thrifty.data.windows import windows
@@ -42,11 +45,16 @@ __all__ = [
     "encode",
     "encode_all",
     "encode_options",
+    "encoded_rows",
+    "examples_in",
     "load",
+    "nothing_trained",
     "one_form",
     "options",
     "pack",
     "prompt_and_reference",
+    "report_of",
+    "shape_of",
     "stop_ids",
     "units",
     "windows",

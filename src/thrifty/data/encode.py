@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,10 @@ __all__ = [
     "encode",
     "encode_all",
     "encode_options",
+    "encoded_rows",
+    "nothing_trained",
     "prompt_and_reference",
+    "report_of",
     "stop_ids",
 ]
 
@@ -35,11 +38,24 @@ _CHUNK = 512  # rows that are given to the tokenizer at once
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: ids, and labels of the same length: the id where it is trained, else -100. labels[0] is always -100."""
+    """One row: ids, and labels of the same length: the id where it is trained, else -100. labels[0] is always -100.
+
+    tokens: how many there were before the cut; prompt: how many of them stand before the first answer.
+    """
 
     input_ids: list[int]
     labels: list[int]
-    truncated: bool
+    tokens: int
+    prompt: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        return self.tokens > len(self.input_ids)
+
+    @property
+    def trained(self) -> int:
+        """How many labels are set."""
+        return sum(label != IGNORED for label in self.labels)
 
 
 @dataclass(frozen=True)
@@ -70,37 +86,50 @@ def encode_all(
 
     Raises `ThriftyError` where no token of any row would be trained.
     """
+    rows = [row for _, row in encoded_rows(examples, tokenizer, max_length=max_length)]
+    report = report_of(rows)
+    if text := nothing_trained(rows, max_length=max_length):
+        raise ThriftyError(f"{f'{examples[0].origin}: ' if examples else ''}{text}")
+    return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows], report
+
+
+def encoded_rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Iterator[tuple[Example, Encoded]]:
+    """Each example with its row; a text file with each of its windows of `max_length`."""
     renderer = Renderer(tokenizer)
-    rows: list[Encoded] = []
-    longest_prompt = 0
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        files = {id(e): cut(e.text or "", renderer, length=max_length) for e in chunk if e.whole_file}
         answers = iter(_answers_of([e for e in chunk if not e.whole_file], renderer))
         for example in chunk:
-            if example.whole_file:
-                rows += [Encoded(ids, [IGNORED, *ids[1:]], truncated=False) for ids in files[id(example)]]
+            if not example.whole_file:
+                yield example, _labelled(next(answers), max_length)
                 continue
-            found = next(answers)
-            longest_prompt = max(longest_prompt, found.spans[0][0] if found.spans else 0)
-            rows.append(_labelled(found, max_length))
-    trained = [sum(label != IGNORED for label in row.labels) for row in rows]
-    report = DataReport(
+            for ids in cut(example.text or "", renderer, length=max_length):
+                yield example, Encoded(ids, [IGNORED, *ids[1:]], tokens=len(ids))
+
+
+def report_of(rows: Sequence[Encoded]) -> DataReport:
+    """What encoding gave, added up."""
+    trained = [row.trained for row in rows]
+    return DataReport(
         rows=len(rows),
         tokens=sum(len(row.input_ids) for row in rows),
         supervised_tokens=sum(trained),
         truncated_rows=sum(row.truncated for row in rows),
         rows_without_labels=sum(count == 0 for count in trained),
     )
-    if report.supervised_tokens == 0:
-        fix = (
-            f"max_length={max_length} cuts every answer off (the longest prompt has {longest_prompt} tokens); raise it"
-            if report.truncated_rows
-            else "no row has an answer to train"
-        )
-        where = f"{examples[0].origin}: " if examples else ""
-        raise ThriftyError(f"{where}all labels of all {report.rows} rows are masked, nothing would be trained: {fix}")
-    return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows], report
+
+
+def nothing_trained(rows: Sequence[Encoded], *, max_length: int) -> str | None:
+    """The sentence for rows of which no token would be trained, with the fix; None where some is."""
+    if any(row.trained for row in rows):
+        return None
+    longest = max((row.prompt for row in rows), default=0)
+    cuts = any(row.truncated for row in rows)
+    fix = f"max_length={max_length} cuts every answer off (the longest prompt has {longest} tokens); raise it"
+    fix = fix if cuts else "no row has an answer to train"
+    return f"all labels of all {len(rows)} rows are masked, nothing would be trained: {fix}"
 
 
 def encode_options(
@@ -193,4 +222,4 @@ def _labelled(answers: Answers, max_length: int) -> Encoded:
         labels[start:stop] = ids[start:stop]
     if labels:
         labels[0] = IGNORED  # nothing predicts the first token, so that every label that is set is one term of the loss
-    return Encoded(ids, labels, truncated=len(answers.ids) > max_length)
+    return Encoded(ids, labels, tokens=len(answers.ids), prompt=answers.spans[0][0] if answers.spans else 0)

@@ -9,7 +9,17 @@ from typing import Any
 
 from thrifty.core.errors import ThriftyError, nearest, unknown
 
-__all__ = ["FIELDS", "Example", "answer", "named_fields", "options", "prompted", "to_example", "with_answer"]
+__all__ = [
+    "FIELDS",
+    "Example",
+    "answer",
+    "named_fields",
+    "options",
+    "prompted",
+    "shape_of",
+    "to_example",
+    "with_answer",
+]
 
 # In the order in which they are tried: the first whose fields are all filled in decides.
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -97,6 +107,12 @@ def with_answer(example: Example, text: str) -> Example:
 def options(example: Example) -> list[str] | None:
     """The options that the row itself offers (its `choices`), or None."""
     return example.choices
+
+
+def shape_of(row: Any, *, origin: str = "row", columns: Mapping[str, str] | None = None) -> str:
+    """The shape of a row in words, such as `prompt + completion`. ThriftyError where it has none."""
+    fields = named_fields(row, origin=origin, columns=columns or {})
+    return " + ".join(SHAPES[_shape_of(fields, origin=origin, preferred=columns or {})])
 
 
 def _kind(value: Any) -> str:

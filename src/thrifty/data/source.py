@@ -13,7 +13,7 @@ from thrifty.core.errors import ThriftyError, unknown
 from thrifty.data.readers import Row, read_rows
 from thrifty.data.shapes import FIELDS, Example, to_example
 
-__all__ = ["Source", "load"]
+__all__ = ["Source", "examples_in", "load"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,10 @@ def load(
     return mixed
 
 
-def _examples(source: Source, convert: Callable[..., Example]) -> list[Example]:
+def examples_in(
+    source: Source, *, convert: Callable[..., Example] = to_example
+) -> tuple[list[Example], list[ThriftyError]]:
+    """The rows of one source, each once, and an error for each broken one. ThriftyError where it cannot be read."""
     rows = _sliced(read_rows(source.path, split=source.split), source)
     examples, errors = [], []
     for row in rows:
@@ -89,8 +92,14 @@ def _examples(source: Source, convert: Callable[..., Example]) -> list[Example]:
             examples.append(convert(row.value, origin=row.origin, columns=source.columns))
         except ThriftyError as error:
             errors.append(error)
+    return examples, errors
+
+
+def _examples(source: Source, convert: Callable[..., Example]) -> list[Example]:
+    examples, errors = examples_in(source, convert=convert)
     if errors:
-        more = f" ({len(errors)} of {len(rows)} rows are broken; this is the first)" if len(errors) > 1 else ""
+        rows = len(examples) + len(errors)
+        more = f" ({len(errors)} of {rows} rows are broken; this is the first)" if len(errors) > 1 else ""
         raise ThriftyError(f"{errors[0]}{more}") from errors[0]
     return examples
 

@@ -11,7 +11,7 @@ from thrifty.core.errors import ThriftyError
 from thrifty.data.shapes import Example
 from thrifty.data.template import Renderer, Span
 
-__all__ = ["Answers", "Written", "tokenize", "write"]
+__all__ = ["Answers", "Written", "ends_turn", "tokenize", "write"]
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters [start, end) that each stands for
 
@@ -113,10 +113,10 @@ def _answers(written: Written, ids: list[int], offsets: list[tuple[int, int]], r
         if not written.marked:
             stop = _end_of_turn(span, start, stop, ids, offsets, renderer)
         # A turn without an end of its own is ended by the control token that follows (as GLM's are, by the next role).
-        if stop < len(ids) and ids[stop] in renderer.ending_ids and not _ends(ids[start:stop], renderer):
+        if stop < len(ids) and ids[stop] in renderer.ending_ids and not ends_turn(ids[start:stop], renderer):
             stop += 1
         spans.append((start, stop))
-    if spans and spans[-1][1] == len(ids) and not _ends(ids[spans[-1][0] :], renderer):
+    if spans and spans[-1][1] == len(ids) and not ends_turn(ids[spans[-1][0] :], renderer):
         ids = [*ids, renderer.end_id]
         spans[-1] = (spans[-1][0], len(ids))
     prefix = renderer.prefix if written.automatic else []
@@ -133,12 +133,12 @@ def _end_of_turn(
     special = [k for k in range(start, stop) if ids[k] in renderer.special_ids]
     if span.content_end is not None:
         special = [k for k in special if offsets[k][0] >= span.content_end][:1]
-    elif not _ends(ids[start:stop], renderer):
+    elif not ends_turn(ids[start:stop], renderer):
         special = []
     return special[-1] + 1 if special else stop
 
 
-def _ends(ids: Sequence[int], renderer: Renderer) -> bool:
+def ends_turn(ids: Sequence[int], renderer: Renderer) -> bool:
     """Whether a control token closes `ids`, white space behind it aside."""
     for token in reversed(ids):
         if token in renderer.special_ids:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["IN_DATA", "OTHER_NAMES", "OWNED"]
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from thrifty.core import registry
+from thrifty.core.errors import nearest, unknown
+
+__all__ = ["IN_DATA", "OTHER_NAMES", "OWNED", "why_unknown"]
 
 _PEFT = "part of the method: method: {peft: {peft_type: LORA, %s: ...}}"
 
@@ -132,3 +139,22 @@ OWNED: dict[str, str] = {
     "length_column_name": "the length of a row is that of its tokens",
 }
 """A field of TrainingArguments that thrifty sets itself -> why."""
+
+
+def why_unknown(key: str, names: Iterable[str], *, method: Any) -> str:
+    """The sentence for a key that is none of `names`: whose it is, where it belongs, or the nearest one. `method`: what
+    the run file says under that name."""
+    names = list(names)
+    if key in OWNED:
+        return f"{key} is not to be set: {OWNED[key]}"
+    if key in OTHER_NAMES:
+        return f"{key!r} is {OTHER_NAMES[key]}"
+    known = registry.records()
+    mentioned = [method] if isinstance(method, str) else list(method) if isinstance(method, dict) else []
+    for record in [known[name] for name in [*mentioned, "smt", *known] if name in known]:
+        if key in inspect.signature(record.build).parameters:
+            return f"{key!r} is part of the method: method: {{{record.name}: {{{key}: ...}}}}"
+    close = nearest(key, [*names, *OTHER_NAMES])
+    if close in OTHER_NAMES:
+        return f"unknown key {key!r}; {close!r} is {OTHER_NAMES[close]}"
+    return unknown("key", key, names)

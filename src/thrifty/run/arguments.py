@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,7 +15,7 @@ from thrifty.core.errors import ThriftyError, unknown
 from .config import RunConfig
 from .objectives import parse_objective, trl_arguments
 
-__all__ = ["keeps_best", "training_arguments", "with_defaults"]
+__all__ = ["keeps_best", "schedule_problems", "training_arguments", "with_defaults"]
 
 # Where the stock default does not suit a fine-tuning of a few hundred steps.
 _DEFAULTS = {"logging_steps": 10, "logging_first_step": True, "save_steps": 100}
@@ -47,7 +48,8 @@ def keeps_best(config: RunConfig) -> bool:
 def training_arguments(config: RunConfig) -> TrainingArguments:
     """The arguments of the trainer. ThriftyError for what it cannot honour."""
     training = dict(config.training)
-    _check_schedule(config)
+    for text in schedule_problems(config):
+        raise ThriftyError(text)
     training.pop("load_best_model_at_end", None)  # ours: the stock check wants save_steps to divide eval_steps
     checkpointing = dict(training.pop("activation_checkpointing_kwargs", None) or {})
     if checkpointing.setdefault("use_reentrant", False):
@@ -85,23 +87,21 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     return args
 
 
-def _check_schedule(config: RunConfig) -> None:
+def schedule_problems(config: RunConfig) -> Iterator[str]:
+    """What of the evaluations, checkpoints and order of rows does not fit together, each with its fix."""
     evaluates = config.training.get("eval_strategy", "no") != "no"
     if config.early_stopping_patience is not None and not evaluates:
-        raise ThriftyError("early_stopping_patience needs evaluations while training: give eval_steps (eval_steps=50)")
+        yield "early_stopping_patience needs evaluations while training: give eval_steps (eval_steps=50)"
     if evaluates and not config.data.eval:
-        raise ThriftyError("eval_steps needs data.eval: rows to evaluate on")
+        yield "eval_steps needs data.eval: rows to evaluate on"
     if config.packing and config.training.get("train_sampling_strategy") == "sequential":
-        raise ThriftyError(
-            "train_sampling_strategy: packing decides which rows meet, so sequential needs packing: false"
-        )
+        yield "train_sampling_strategy: packing decides which rows meet, so sequential needs packing: false"
     if config.training.get("eval_on_start"):
-        raise ThriftyError("eval_on_start is not to be set: eval.before measures the model before training")
-    if keeps_best(config):
-        if not evaluates:
-            raise ThriftyError("load_best_model_at_end needs evaluations while training (eval_steps=50)")
-        if config.training.get("save_strategy", "steps") == "no":
-            raise ThriftyError("load_best_model_at_end needs checkpoints: leave out save_strategy=no")
+        yield "eval_on_start is not to be set: eval.before measures the model before training"
+    if config.training.get("load_best_model_at_end") and not evaluates:
+        yield "load_best_model_at_end needs evaluations while training (eval_steps=50)"
+    if keeps_best(config) and config.training.get("save_strategy", "steps") == "no":
+        yield "load_best_model_at_end needs checkpoints: leave out save_strategy=no"
 
 
 def _trackers(report_to: Any) -> list[str]:

@@ -31,7 +31,7 @@ from .evaluation import (
 from .model import ModelName, apply_delta, load_model, load_tokenizer
 from .rows import answered_examples
 
-__all__ = ["evaluate", "examples_of", "run_eval"]
+__all__ = ["evaluate", "examples_of", "first_of", "run_eval"]
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def evaluate(
             sums = example_losses(model, tokenizer, examples, max_length=max_length, batch_size=config.batch_size)
             scores["loss"] = mean_of(sums)
         if config.exact_match:
-            asked = questions(_first(examples, config.exact_match, "exact_match"), tokenizer)
+            asked = questions(first_of(examples, config.exact_match, "exact_match"), tokenizer)
             answered = answer_all(
                 model, tokenizer, asked, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
             )
@@ -71,7 +71,7 @@ def evaluate(
             if answers_file is not None:
                 _write_answers(answered, Path(answers_file))
         if config.choice:
-            picked = _first(examples, config.choice, "choice")
+            picked = first_of(examples, config.choice, "choice")
             texts = option_lists(picked, given=config.choices, among=examples)
             chosen = choose(model, tokenizer, picked, texts, batch_size=config.batch_size)
             scores["choice"] = sum(c.correct for c in chosen) / len(chosen)
@@ -81,7 +81,7 @@ def evaluate(
     return scores
 
 
-def _first(examples: Sequence[T], rows: int | bool, name: str) -> Sequence[T]:
+def first_of(examples: Sequence[T], rows: int | bool, name: str) -> Sequence[T]:
     """The first `rows` rows; all of them for True."""
     if not examples:
         raise ThriftyError(f"eval.{name} needs data.eval: rows to evaluate on")

@@ -10,14 +10,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from thrifty.core.errors import ThriftyError, nearest, unknown
 from thrifty.delta import Delta
 
 from .embedded import EMBEDDED, embedded_folder, no_progress_bars
 
-__all__ = ["ModelName", "apply_delta", "base_and_deltas", "delta_folder", "load_model", "load_tokenizer", "resolve"]
+__all__ = [
+    "ModelName",
+    "apply_delta",
+    "base_and_deltas",
+    "delta_folder",
+    "empty_model",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+]
 
 # an embedded name, a folder or a hub id; or `{"base": one of these, "deltas": [folders]}`
 ModelName = str | Path | Mapping[str, Any]
@@ -129,6 +138,30 @@ def _load_base(spec: str, *, dtype: str | torch.dtype, trust_remote_code: bool) 
             f"model {spec!r} lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]!r}: "
             "the checkpoint is incomplete or not one of a causal language model"
         )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def empty_model(spec: ModelName, *, dtype: str = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base of `spec` without values, on the meta device: its names, shapes and configuration in a second.
+
+    Raises:
+        ThriftyError: as `load_model`, as far as that can be told without reading the weights.
+    """
+    base, deltas = base_and_deltas(spec)
+    source = resolve(base)
+    if Path(source).is_dir():
+        _check_folder(Path(source))
+    for folder in deltas:
+        delta_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=_DTYPES.get(dtype, dtype), trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        raise _not_loaded("model", base, source, error) from error
     assert isinstance(model, PreTrainedModel)
     return model
 

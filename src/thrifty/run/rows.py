@@ -33,7 +33,18 @@ from .order import RowOrder
 from .probe_batches import general_rows
 from .trainer import Row
 
-__all__ = ["Rows", "answered_examples", "check_fits", "load_rows", "order_of", "packed_rows"]
+__all__ = [
+    "Rows",
+    "answered",
+    "answered_examples",
+    "check_answers",
+    "check_fits",
+    "check_positions",
+    "comparable",
+    "load_rows",
+    "order_of",
+    "packed_rows",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +64,10 @@ def load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """All rows of `config`, as tokens. With another objective than sft, those of `train` are the answers to follow."""
     found = _load(config, config.data.train)
     judged: list[Any] = [example for example in found if isinstance(example, Judged)]
-    good = _answered(found)
+    good = answered(found)
     if judged:
         one_form(judged)
-        _check_answers(config, good, judged)
+        check_answers(config, good, judged)
     if good:
         train, report = encode_all(good, tokenizer, max_length=config.max_length)
     else:
@@ -77,23 +88,27 @@ def load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
 
 def answered_examples(config: RunConfig) -> list[Example]:
     """Those of `data.eval` that have an answer to compare with; none where it is not given."""
-    if not config.data.eval:
-        return []
-    examples = _answered(_load(config, config.data.eval))
-    if not examples:
+    return comparable(_load(config, config.data.eval)) if config.data.eval else []
+
+
+def comparable(examples: Sequence[Example]) -> list[Example]:
+    """Those of the evaluation rows that have an answer. ThriftyError where none has."""
+    found = answered(examples)
+    if not found:
         raise ThriftyError("data.eval: no row has an answer to compare with; give `completion` beside the prompt")
-    return examples
+    return found
 
 
 def _load(config: RunConfig, sources: Sequence[Source]) -> list[Example]:
     return load(sources, seed=config.seed, convert=CONVERTERS[parse_objective(config.objective).name])
 
 
-def _answered(examples: Sequence[Example]) -> list[Example]:
+def answered(examples: Sequence[Example]) -> list[Example]:
+    """Those that have an answer to learn from."""
     return [example for example in examples if not isinstance(example, Judged) or example.answered]
 
 
-def _check_answers(config: RunConfig, good: Sequence[Example], judged: Sequence[Judged]) -> None:
+def check_answers(config: RunConfig, good: Sequence[Example], judged: Sequence[Judged]) -> None:
     """ThriftyError where what looks at answers has none."""
     objective, method = parse_objective(config.objective), parse_method(config.method)
     if not good and method.needs_probe and not method.general:
@@ -111,8 +126,12 @@ def check_fits(config: RunConfig, model: PreTrainedModel, rows: Rows) -> None:
     check_method(parse_method(config.method), model, config.budget)
     every = [*rows.train, *rows.rejected, *(rows.eval or ()), *(rows.general or ())]
     check_vocabulary(every, model.get_input_embeddings().num_embeddings)
+    check_positions(max((len(row["input_ids"]) for row in every), default=0), model)
+
+
+def check_positions(longest: int, model: PreTrainedModel) -> None:
+    """ThriftyError where a row of `longest` tokens has more than the model has positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max((len(row["input_ids"]) for row in every), default=0)
     if positions is not None and longest > positions:
         raise ThriftyError(
             f"max_length: the longest row has {longest} tokens, the model {positions} positions: lower it"

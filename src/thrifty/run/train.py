@@ -43,7 +43,7 @@ from .rows import Rows, check_fits, load_rows, order_of, packed_rows
 from .summary import data_fingerprint, delta_info, describe_data, make_summary, model_fingerprint, print_result
 from .trainer import Row, ThriftyTrainer
 
-__all__ = ["Run", "run_training", "train"]
+__all__ = ["Run", "run_training", "train", "train_rows"]
 
 _GO_ON = "free space and go on with resume_from_checkpoint=auto"
 
@@ -102,7 +102,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     else:
         measure(model, config=_first_row(config.eval))
 
-    tuning, trainer = _train(
+    tuning, trainer = train_rows(
         config,
         args,
         model=model,
@@ -152,7 +152,7 @@ def _record(config: RunConfig, model: nn.Module, rows: Rows) -> dict[str, Any]:
     return {"config": config.to_dict(), "fingerprints": fingerprints, "before": None}
 
 
-def _train(
+def train_rows(
     config: RunConfig,
     args: TrainingArguments,
     *,

@@ -15,7 +15,7 @@ from thrifty.core.errors import ThriftyError
 
 from .typed import short
 
-__all__ = ["Document", "Key", "apply_overrides", "dump_yaml", "plain", "read_document"]
+__all__ = ["Document", "Key", "apply_overrides", "dump_yaml", "flow_yaml", "plain", "read_document"]
 
 Key = tuple[str | int, ...]
 
@@ -172,6 +172,12 @@ def plain(value: Any) -> Any:
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """YAML that `read_document` reads back equal."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 16)
+
+
+def flow_yaml(value: Any) -> str:
+    """`value` on one line, as it stands behind a key: `{path: a.jsonl, split: '[:-20]'}`."""
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1 << 16, "default_flow_style": True}
+    return yaml.dump({"x": value}, Dumper=_Dumper, **options).removeprefix("{x: ").removesuffix("}\n")
 
 
 def _parse(text: str, *, name: str, numbered: bool) -> tuple[Any, dict[Key, str]]:

@@ -1,0 +1,86 @@
+"""The machine: memory, disk, and whether the output folder is free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from thrifty.core.budget import distinct_parameters
+
+from ..arguments import keeps_best
+from ..checkpoint import claim, find_checkpoint, refuse_changes
+from ..config import RunConfig
+from ..display import human_bytes
+from ..objectives import parse_objective
+from .report import Report
+
+__all__ = ["check_disk", "check_memory", "check_output"]
+
+_STATE = 16  # bytes for each trained number: its value, gradient and AdamW's two moments, float32
+_SAVED = 12  # of these, what a checkpoint keeps
+
+
+def check_memory(report: Report, config: RunConfig, model: PreTrainedModel, *, trained: int, device: str) -> None:
+    """The weights and what is trained against the memory there is; activations come on top."""
+    weights = distinct_parameters(model) * next(model.parameters()).element_size()
+    needed, free = weights + _STATE * trained, _free_memory(device)
+    parts = f"weights {human_bytes(weights)}, trained values with their state {human_bytes(_STATE * trained)}"
+    report.say(f"memory: {parts}, and activations; {human_bytes(free)} free on {device}")
+    if needed > free:
+        half = " dtype=bfloat16 halves the weights," if config.dtype == "float32" else ""
+        report.problem(
+            f"memory: {parts} do not fit into the {human_bytes(free)} that are free on {device}:{half} "
+            "take a smaller budget or model, or a larger machine"
+        )
+
+
+def _free_memory(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+def check_disk(report: Report, config: RunConfig, model: PreTrainedModel, *, trained: int) -> None:
+    """Room for the checkpoints that a run keeps, one more while it is written, and the delta."""
+    saves = config.training.get("save_strategy", "steps") != "no" and not parse_objective(config.objective).uses_trl
+    kept = (config.training.get("save_total_limit") or 1) + keeps_best(config) + 1 if saves else 0
+    checkpoints = kept * _SAVED * trained
+    delta = 2 * trained * next(model.parameters()).element_size()
+    place = _existing(Path(config.output_dir))
+    free = shutil.disk_usage(place).free
+    text = f"about {human_bytes(checkpoints)} for up to {kept} checkpoints and {human_bytes(delta)} for the delta"
+    report.say(f"disk: {text}; {human_bytes(free)} free in {place}")
+    if checkpoints + delta > free:
+        report.problem(
+            f"output_dir: {text} do not fit into the {human_bytes(free)} that are free in {place}: free space, give "
+            "another output_dir, or lower save_total_limit or budget"
+        )
+
+
+def check_output(report: Report, config: RunConfig) -> None:
+    """Whether the run may begin, or go on, in `output_dir`."""
+    output = Path(config.output_dir)
+    place = _existing(output)
+    if not place.is_dir():
+        report.problem(f"output_dir: {str(place)!r} is a file: give the name of a folder")
+    elif not os.access(place, os.W_OK):
+        report.problem(f"output_dir: no permission to write in {str(place)!r}: give another output_dir")
+    with report.attempt():
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir=output)
+        claim(output, resume=checkpoint)
+        if checkpoint is None:
+            report.say(f"output_dir: {output} is free")
+            return
+        report.say(f"goes on from {checkpoint.folder}")
+        processes = checkpoint.record().get("processes", 1)
+        refuse_changes(checkpoint, config=config.to_dict(), fingerprints={}, processes=processes)
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    return next((place for place in (path, *path.resolve().parents) if place.exists()), Path.cwd())
