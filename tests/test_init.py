@@ -120,4 +120,4 @@ def test_a_model_that_does_not_fit_beside_much_else(
     assert "(float32 would take 136.1 KiB of 488.3 KiB)" in text
     assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 16
     assert training["per_device_train_batch_size"] == 1
-    assert yaml.safe_load(text)["gradient_checkpointing"] is False
+    assert yaml.safe_load(text)["gradient_checkpointing"] is True
