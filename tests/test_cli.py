@@ -217,7 +217,7 @@ def test_methods_and_env(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MISTAKES = {
-    (): "no verb given: one of demo, init, train, eval, export, chat, delta, methods, env",
+    (): "no verb given: one of demo, init, train, validate, eval, export, compare, chat, delta, methods, env",
     ("trian",): "unknown verb 'trian'; did you mean `thrifty train`?",
     ("finetune",): "did you mean `thrifty train`?",
     ("merge",): "did you mean `thrifty export`?",
@@ -233,7 +233,7 @@ MISTAKES = {
     ("export", "./none", "--output", "new"): "./none is no folder of a run or of a delta",
     ("export", "out"): "--output",
     ("chat", "./none"): "'./none': no such folder",
-    ("methods", "a", "b"): "unrecognized arguments: b",
+    ("methods", "a", "b"): "name one method",
 }
 
 
@@ -259,3 +259,28 @@ def test_a_run_that_is_not_finished_has_no_delta(run: Path, tmp_path: Path, caps
     (tmp_path / "run.yaml").write_text((run / "run.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     assert main(["chat", str(tmp_path)]) == 2
     assert "holds no delta yet: finish the run with `thrifty train" in capsys.readouterr().err
+
+
+def test_methods_show_is_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for words in (["methods", "show", "smt"], ["methods", "smt"]):
+        assert main(words) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    for part in ("Paper: He, Li, Jiang, Miller", "mean |dL/dW|", "When not to use it", "Cost: 16 bytes per trained"):
+        assert part in shown[0]
+    for words in (["methods", "show"], ["methods", "smt", "full"], ["methods", "show", "smt", "full"]):
+        assert main(words) == 2
+        assert "name one method: thrifty methods show NAME" in capsys.readouterr().err
+
+
+def test_env_says_what_each_extra_adds(capsys: pytest.CaptureFixture[str]) -> None:
+    import tomllib
+
+    import thrifty
+
+    root = Path(thrifty.__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert main(["env"]) == 0
+    extras = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("extra ")]
+    assert sorted(extras) == sorted(f"extra {name}" for name in project["optional-dependencies"] if name != "dev")

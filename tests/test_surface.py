@@ -45,12 +45,15 @@ VERBS = {
     "demo": ["settings"],
     "init": ["--data", "--eval", "--model", "file"],
     "train": ["settings"],
+    "validate": ["--step", "settings"],
     "eval": ["--delta", "--harness", "--harness-path", "model", "settings"],
     "export": ["--base", "--dtype", "--output", "--private", "--to-hub", "source"],
+    "compare": ["--only", "--report", "--retry-failed", "--stop-after", "--threads", "--workers", "settings"],
     "chat": ["--delta", "--system", "model", "settings"],
     "delta": ["delta_verb"],
-    "methods": ["name"],
+    "methods": ["method"],
     "env": [],
+    "completion": ["shell"],
 }
 DELTA_VERBS = {
     "show": ["--plot", "--rank", "--tensors", "delta"],

@@ -122,9 +122,11 @@ def parser() -> argparse.ArgumentParser:
     add_delta_verbs(deltas, _Parser)
 
     methods = verb("methods", "List the methods, one name a line, or describe one", verbs.methods)
-    methods.add_argument("name", nargs="?", help="the method to describe")
+    methods.add_argument("method", nargs="*", metavar="[show] NAME", help="the method to describe")
 
-    verb("env", "Report versions, devices and what is missing for what", verbs.env)
+    verb("env", "Report versions, devices and what each extra adds", verbs.env)
+    completion = verb("completion", "Print what makes a shell complete thrifty's commands", verbs.completion)
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"], help='bash: eval "$(thrifty completion bash)"')
     return top
 
 

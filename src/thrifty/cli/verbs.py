@@ -9,7 +9,20 @@ from pathlib import Path
 
 from thrifty.core.errors import ThriftyError
 
-__all__ = ["Verb", "chat", "compare", "demo", "env", "evaluate", "export", "init", "methods", "train", "validate"]
+__all__ = [
+    "Verb",
+    "chat",
+    "compare",
+    "completion",
+    "demo",
+    "env",
+    "evaluate",
+    "export",
+    "init",
+    "methods",
+    "train",
+    "validate",
+]
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -128,8 +141,11 @@ def methods(arguments: argparse.Namespace) -> int:
     from thrifty.core.registry import get, records
     from thrifty.run.about import describe
 
-    if arguments.name:
-        print(describe(get(arguments.name)))
+    names = arguments.method[1:] if arguments.method[:1] == ["show"] else arguments.method
+    if len(names) > 1 or (arguments.method and not names):
+        raise ThriftyError("name one method: thrifty methods show NAME; without a name all are listed")
+    if names:
+        print(describe(get(names[0])))
         return 0
     known = records()
     width = max(map(len, known), default=0)
@@ -142,6 +158,13 @@ def env(arguments: argparse.Namespace) -> int:
     from thrifty.run.about import environment
 
     print(environment())
+    return 0
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    from .completion import completion_script
+
+    print(completion_script(arguments.shell), end="")
     return 0
 
 

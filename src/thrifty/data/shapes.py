@@ -182,7 +182,7 @@ def _check_characters(text: str, name: str, origin: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ThriftyError(
-            f"{origin}: field {name!r} holds half a character (a lone surrogate) at {error.start}"
+            f"{origin}: field {name!r} holds half a character (a lone surrogate) at {error.start}: mend it"
         ) from error
 
 

@@ -27,7 +27,11 @@ _EXTRAS = {
     "peft": (("peft",), "any PEFT method as a peer: method: {peft: {peft_type: LORA, r: 16}}"),
     "trl": (("trl",), "objective: dpo, kto or grpo, and TRL's trainers with an attached model"),
     "harness": (("lm_eval",), "thrifty eval --harness: the tasks of lm_eval"),
+    "liger": (("liger-kernel",), "Liger's fused loss on CUDA devices"),
     "report": (("tensorboard", "trackio"), "report_to: tensorboard or trackio"),
+    "triton": (("triton",), "fused kernels of the regions' gradients on CUDA devices (Linux)"),
+    "plots": (("matplotlib",), "pictures: thrifty delta show --plot, and the report of thrifty compare"),
+    "completion": (("shtab",), "thrifty completion: the shell completes commands"),
 }
 
 
@@ -62,6 +66,7 @@ def _probe(record: MethodRecord) -> str:
 
 def environment() -> str:
     """Versions, devices, threads, folders, and which extras are missing and what they would add."""
+    import psutil
     import torch
 
     import thrifty
@@ -71,7 +76,11 @@ def environment() -> str:
     lines = [f"thrifty {thrifty.__version__} ({Path(thrifty.__file__).parent})"]
     lines.append(f"python {platform.python_version()} on {platform.platform()}")
     lines += [f"{name} {_version(name) or 'missing: pip install -U thrifty'}" for name in _CORE]
-    lines.append(f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    memory = psutil.virtual_memory()
+    lines.append(
+        f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads; memory {memory.total / 2**30:.1f} "
+        f"GiB, {memory.available / 2**30:.1f} GiB of it free"
+    )
     for index in range(torch.cuda.device_count()):
         name, memory = torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory
         lines.append(f"cuda:{index}: {name}, {memory / 2**30:.1f} GiB")
@@ -85,10 +94,9 @@ def environment() -> str:
     for extra, (packages, purpose) in _EXTRAS.items():
         found = [f"{name} {version}" for name in packages if (version := _version(name))]
         missing = [name for name in packages if not _version(name)]
-        state = ", ".join(found) + ("; " if found and missing else "")
-        if missing:
-            state += f"missing {', '.join(missing)}: pip install 'thrifty[{extra}]' adds {purpose}"
-        lines.append(f"extra {extra}: {state}")
+        state = [", ".join(found)] if found else []
+        state += [f"missing {', '.join(missing)} (pip install 'thrifty[{extra}]')"] if missing else []
+        lines.append(f"extra {extra}: {purpose}: {'; '.join(state)}")
     return "\n".join(lines)
 
 

@@ -62,7 +62,9 @@ def answer(
     prompt = chat_prompt([*first, *turns], tokenizer)
     while len(prompt) + min(_MOST_TOKENS, positions // 4) > positions:
         if len(turns) < 3:
-            raise ThriftyError(f"the message has {len(prompt)} tokens, too many for the {positions} of the model")
+            raise ThriftyError(
+                f"the message has {len(prompt)} tokens, too many for the {positions} of the model: shorten it"
+            )
         del turns[:2]
         prompt = chat_prompt([*first, *turns], tokenizer)
     ends = stop_ids(tokenizer)

@@ -7,9 +7,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 __all__ = ["Display", "human_bytes", "human_time"]
+
+_WIDE = 110  # columns in which there is room for a bar beside the figures
+_RATES = ("speed", "memory")
 
 
 def human_bytes(number: float) -> str:
@@ -43,11 +47,12 @@ class Display(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._start, self._start_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero and self._console.is_terminal:
+            bar = [BarColumn(bar_width=24)] if self._console.width >= _WIDE else []
             self._progress = Progress(
                 TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                TextColumn("{task.description}"),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                *bar,
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=self._console,
                 auto_refresh=False,
             )
@@ -61,12 +66,18 @@ class Display(TrainerCallback):
         seconds = (time.perf_counter() - self._start) / done * (state.max_steps - state.global_step)
         return f"{human_time(seconds)} left"
 
+    def _described(self, parts: dict[str, str], state: TrainerState) -> str:
+        """Losses and the time left first: what a narrow terminal cuts off is at the end."""
+        rates = [parts[name] for name in _RATES if name in parts]
+        losses = [text for name, text in parts.items() if name not in _RATES]
+        return "  ".join(text for text in [*losses, self._left(state), *rates] if text)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         if self._progress is None or (now - self._shown < 0.25 and state.global_step < state.max_steps):
             return
         self._shown = now
-        description = "  ".join([*self._last.values(), self._left(state)])
+        description = self._described(self._last, state)
         self._progress.update(self._task, completed=state.global_step, description=description)
         self._progress.refresh()
 
@@ -91,7 +102,7 @@ class Display(TrainerCallback):
             shown["eval"] = f"eval loss {logs['eval_loss']:.4f}"
         self._last |= shown
         if self._progress is None and shown:
-            self.line(f"step {state.global_step}/{state.max_steps}  " + "  ".join([*shown.values(), self._left(state)]))
+            self.line(f"step {state.global_step}/{state.max_steps}  {self._described(shown, state)}")
 
     def line(self, text: str) -> None:
         """Print one plain line (above the live one, where there is one)."""

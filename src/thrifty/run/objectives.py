@@ -89,7 +89,7 @@ def parse_objective(value: str | Mapping[str, Any]) -> Objective:
     if name not in OBJECTIVES:
         raise ThriftyError(unknown("objective", name, OBJECTIVES))
     if name == "sft" and options:
-        raise ThriftyError(f"objective sft takes no options, given {next(iter(options))!r}")
+        raise ThriftyError(f"objective sft takes no options, given {next(iter(options))!r}: leave them out")
     objective = Objective(name, dict(options))
     if name == "grpo":
         _check_reward_funcs(objective)

@@ -197,7 +197,9 @@ def preference_trainer(
     `reported` is what `_Reported` takes. ThriftyError for what TRL refuses.
     """
     if args.world_size > 1:
-        raise ThriftyError(f"objective {objective.name} trains in one process, not in {args.world_size}")
+        raise ThriftyError(
+            f"objective {objective.name} trains in one process, not in {args.world_size}: start it without torchrun"
+        )
     tokenizer = copy.deepcopy(tokenizer)  # the run measures with its own
     if not tokenizer.chat_template:
         tokenizer.chat_template = chat_template(tokenizer)  # the form in which conversations are written here

@@ -37,7 +37,7 @@ def check_text(config: RunConfig) -> None:
             f"give a plain text file, method: {{{method.name}: {{text: general.txt}}}}"
         )
     if not Path(method.text).expanduser().is_file():
-        raise ThriftyError(f"method.{method.name}.text: there is no file {method.text!r}")
+        raise ThriftyError(f"method.{method.name}.text: there is no file {method.text!r}: name a plain text file")
     forgetting = config.eval.forgetting
     if forgetting is not None and Path(forgetting).resolve() == Path(method.text).expanduser().resolve():
         raise ThriftyError(

@@ -118,7 +118,10 @@ def check_answers(config: RunConfig, good: Sequence[Example], judged: Sequence[J
             f"{fix}, or take a method that does not look, such as random_blocks"
         )
     if "exact_match" in objective.options.get("reward_funcs", ()) and "reference" not in judged[0].columns:
-        raise ThriftyError(f"{judged[0].origin}: no field 'completion', which the reward exact_match compares with")
+        raise ThriftyError(
+            f"{judged[0].origin}: no field 'completion', which the reward exact_match compares with: "
+            "give it in all rows"
+        )
 
 
 def check_fits(config: RunConfig, model: PreTrainedModel, rows: Rows) -> None:

@@ -97,7 +97,10 @@ def load_optimizer_state(
     for saved, current in zip(state["param_groups"], optimizer.param_groups, strict=True):
         here = names[first : first + len(current["params"])]
         if other := sorted(set(here) ^ set(saved["params"])):
-            raise ThriftyError(f"the checkpoint's optimizer holds other tensors: {other[0]!r} is not in both")
+            raise ThriftyError(
+                f"the checkpoint's optimizer holds other tensors: {other[0]!r} is not in both; "
+                "resume with the run's own configuration"
+            )
         # torch matches by position within the group, so the order is the current one.
         groups.append(saved | {"params": [number[name] for name in here]})
         first += len(here)

@@ -136,7 +136,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
 def _first_row(config: EvalConfig) -> EvalConfig:
     """One answer and one choice: what cannot be measured fails before training, not after it."""
     if config.forgetting is not None and not Path(config.forgetting).is_file():
-        raise ThriftyError(f"eval.forgetting: there is no file {config.forgetting!r}")
+        raise ThriftyError(f"eval.forgetting: there is no file {config.forgetting!r}: name a plain text file")
     return replace(
         config, loss=False, exact_match=min(1, config.exact_match), choice=min(1, config.choice), forgetting=None
     )

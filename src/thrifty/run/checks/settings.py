@@ -64,7 +64,7 @@ def check_settings(
             check_text(config)
     forgetting = config.eval.forgetting
     if forgetting is not None and not Path(forgetting).is_file():
-        report.problem(f"eval.forgetting: there is no file {forgetting!r}")
+        report.problem(f"eval.forgetting: there is no file {forgetting!r}: name a plain text file")
     settings = Settings(config=config, args=args, broken=frozenset(reading.broken))
     report.say(_described(settings))
     return settings

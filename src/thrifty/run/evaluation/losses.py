@@ -75,7 +75,7 @@ def file_losses(
     length = min(max_length, FORGETTING_TOKENS)
     cut = windows(path, tokenizer, length=length)[:FORGETTING_WINDOWS]
     if not cut:
-        raise ThriftyError(f"{path}: no text to measure forgetting on")
+        raise ThriftyError(f"{path}: no text to measure forgetting on; give a file with some")
     # Windows are longer than answers usually are: no more tokens at once than 8 of them hold.
     return sum_losses(model, [{"input_ids": ids, "labels": ids} for ids in cut], batch_size=min(batch_size, 8))
 
