@@ -44,7 +44,7 @@ def test_what_it_writes_validates(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert config.max_length == 64, "what the rows need, and the model's positions"
     assert config.training["max_steps"] == 51, "three times each of 270 rows, 16 at a time"
     assert config.training["per_device_train_batch_size"] == 16
-    assert "(the longest of 300 rows has " in text
+    assert "; the longest of 300 rows has " in text
     assert all("# " in line for line in text.splitlines() if line)
     assert main(["validate", str(tmp_path / "run.yaml"), "budget=5%"]) == 0
     assert "problem" not in capsys.readouterr().out.replace("no problems", "")
@@ -112,12 +112,12 @@ def test_data_that_cannot_be_read_yet(tmp_path: Path, content: str | None, capsy
 def test_a_model_that_does_not_fit_beside_much_else(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("thrifty.run.suggest._free_memory", lambda: 500_000)
+    monkeypatch.setattr("thrifty.run.suggest._free_memory", lambda: 250_000)
     rows = [{"prompt": "1+1=", "completion": "2"}] * 20
     config, text = written(tmp_path, model, write(tmp_path / "rows.jsonl", rows))
     training = config.training
     assert config.dtype == "bfloat16"
-    assert "(float32 would take 136.1 KiB of 488.3 KiB)" in text
+    assert "; float32 would take 136.1 KiB of 244.1 KiB\n" in text
     assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 16
     assert training["per_device_train_batch_size"] == 1
     assert yaml.safe_load(text)["gradient_checkpointing"] is True

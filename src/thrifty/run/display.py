@@ -49,8 +49,8 @@ class Display(TrainerCallback):
         if state.is_world_process_zero and self._console.is_terminal:
             bar = [BarColumn(bar_width=24)] if self._console.width >= _WIDE else []
             self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("step", table_column=Column(min_width=4)),
+                MofNCompleteColumn(table_column=Column(min_width=2 * len(str(state.max_steps)) + 1)),
                 *bar,
                 TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=self._console,

@@ -134,7 +134,7 @@ def _line(
     dotted = f"eval.{name}" if group == "eval" and key.startswith(" ") else name
     text = f"{key}:" if default is ... else f"{key}: {flow_yaml(values.get(dotted, default))}"
     text = f"# {text}" if name in left_out else text
-    reason = f" ({why[dotted]})" if dotted in why else ""
+    reason = f"; {why[dotted]}" if dotted in why and default is not ... else ""
     return f"{text:{_WIDTH}} # {comment}{reason}\n"
 
 

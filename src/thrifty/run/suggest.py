@@ -199,7 +199,7 @@ def _lengths(
 
 
 def _size(made: Suggestion, model: PreTrainedModel) -> None:
-    """dtype and batch by a rule of thumb: weights in a quarter of the memory, activations in another."""
+    """dtype and batch by a rule of thumb: weights in a quarter of the memory, activations in half of it."""
     numbers, free = distinct_parameters(model), _free_memory()
     made.seen.append(f"{type(model).__name__}, {numbers:,} numbers; {human_bytes(free)} of memory free")
     half = 4 * numbers > free / 4
@@ -208,14 +208,14 @@ def _size(made: Suggestion, model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     hidden, layers = getattr(config, "hidden_size", 1024), getattr(config, "num_hidden_layers", 24)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    row = made.values.get("max_length", 1024) * layers * (16 * hidden + 4 * inner) * (2 if half else 4)
+    row = made.values.get("max_length", 1024) * layers * (8 * hidden + 3 * inner) * (2 if half else 4)
     batch = _ROWS
-    while batch > 1 and batch * row > free / 4:
+    while batch > 1 and batch * row > free / 2:
         batch //= 2
     if batch < _ROWS:
         made.put("per_device_train_batch_size", batch, "as many as memory is likely to hold")
         made.put("gradient_accumulation_steps", _ROWS // batch)
-    if row > free / 4:
+    if row > free / 2:
         made.put("gradient_checkpointing", True)
 
 
@@ -228,4 +228,4 @@ def _free_memory() -> int:
 def _steps(made: Suggestion, *, rows: int) -> None:
     """Three passes, but no fewer than 50 steps as long as a row is seen at most 20 times, and no more than 2,000."""
     steps = max(1, min(max(math.ceil(3 * rows / _ROWS), 50), 20 * rows // _ROWS, 2000))
-    made.put("max_steps", steps, f"{_ROWS * steps / rows:.1f} times each of {rows:,} rows")
+    made.put("max_steps", steps, f"each of {rows:,} rows is seen {_ROWS * steps / rows:.1f} times")

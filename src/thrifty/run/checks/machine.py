@@ -53,7 +53,8 @@ def check_disk(report: Report, config: RunConfig, model: PreTrainedModel, *, tra
     delta = 2 * trained * next(model.parameters()).element_size()
     place = _existing(Path(config.output_dir))
     free = shutil.disk_usage(place).free
-    text = f"about {human_bytes(checkpoints)} for up to {kept} checkpoints and {human_bytes(delta)} for the delta"
+    text = f"about {human_bytes(checkpoints)} for up to {kept} checkpoints and " if kept else "about "
+    text += f"{human_bytes(delta)} for the delta"
     report.say(f"disk: {text}; {human_bytes(free)} free in {place}")
     if checkpoints + delta > free:
         report.problem(
