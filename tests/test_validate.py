@@ -17,11 +17,8 @@ from tiny_run import configuration, prepare, write_rows
 from transformers import AutoTokenizer
 
 from thrifty.cli.main import main
-from thrifty.core.errors import ThriftyError
 from thrifty.run.checks import machine
 from thrifty.run.checks.report import Report
-from thrifty.run.config import load_config
-from thrifty.run.reader import read_config
 from thrifty.run.validate import validate
 
 
@@ -74,38 +71,6 @@ def test_what_is_right_is_told_and_nothing_is_written(ready: Path, capsys: pytes
     assert "problem:" not in out
     assert "warning:" not in out
     assert sorted(str(path) for path in ready.rglob("*")) == before
-
-
-MISTAKES = {
-    "lr": (3, "'lr' is called 'learning_rate' here"),
-    "max_steps": ("many", "max_steps must be an integer"),
-    "packing": ("yes", "packing must be true or false"),
-    "seed": (-1, "seed must be 0 or more"),
-    "budget": ("none", "budget 'none' is neither a share"),
-    "method": ({"smt": {"block_sise": 8, "scope": "all"}}, "'block_sise'; did you mean 'block_size'?"),
-    "objective": ("sftt", "unknown objective 'sftt'; did you mean 'sft'?"),
-    "evla": ({}, "unknown key 'evla'; did you mean 'eval'?"),
-    "early_stopping_patience": (0, "early_stopping_patience must be 1 or more"),
-    "do_train": (True, "do_train is not to be set"),
-}
-
-
-@settings(max_examples=30, deadline=None)
-@given(chosen=st.lists(st.sampled_from(sorted(MISTAKES)), unique=True))
-def test_every_mistake_of_a_file_is_listed(chosen: list[str]) -> None:
-    values = {"model": "m", "data": {"train": "x.jsonl"}, **{key: MISTAKES[key][0] for key in chosen}}
-    reading = read_config(values)
-    for key in chosen:
-        assert has(reading.problems, MISTAKES[key][1]), key
-    assert len(reading.problems) == len(chosen) + ("method" in chosen), "each once; two of the method's options"
-    assert reading.broken == set(chosen)
-    assert reading.config is not None
-    if chosen:
-        with pytest.raises(ThriftyError) as raised:
-            load_config(values)
-        assert str(raised.value) in reading.problems
-    else:
-        assert reading.config == load_config(values)
 
 
 def test_all_planted_problems_are_listed_at_once(
@@ -176,6 +141,34 @@ def test_one_problem_is_told_alone(
     related = 2 if settings[0].startswith(("model=", "max_length=")) else 1  # the tokenizer too; data.eval too
     assert len(report.problems) == related
     assert "no problems" not in out
+
+
+def test_parts_that_meet(ready: Path) -> None:
+    blocks = "{select: {blocks: {block_size: 8, target_modules: [q_proj]}}}"
+    report, out = look(ready, f"method=[{{select: norms}}, {blocks}]")
+    assert not report.problems
+    assert not report.warnings
+    assert "part 1: 5 tensors (input_layernorm 2, post_attention_layernorm 2, norm 1), 200 numbers" in out
+    report, _ = look(ready, f"method=[{{select: {{tensors: {{layers: 0}}}}}}, {blocks}]", "budget=null")
+    assert has(report.warnings, "part 1 and part 2 may both choose model.layers.0.self_attn.q_proj.weight")
+    report, _ = look(ready, "method=[{select: norms}, {select: {tensors: {layers: 0}}}]", "budget=null")
+    assert has(report.problems, "part 1 and part 2 both train model.layers.0.input_layernorm.weight")
+    report, _ = look(ready, "method.peft.init_lora_weights=pissa", "budget=null")
+    assert has(report.warnings, "an init_* option of PEFT that changes base weights is refused")
+
+
+def test_data_are_read_where_no_model_can_be(ready: Path, tmp_path: Path) -> None:
+    lines = (ready / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "twice.jsonl").write_text("\n".join([*lines, lines[0], "{}"]), encoding="utf-8")
+    report, _ = look(ready, "model=null", f"data.train={tmp_path}/twice.jsonl", "data.eval=none.jsonl")
+    for parts in (
+        ("model must be a text or a mapping",),
+        ("twice.jsonl:24: the row has nothing",),
+        ("none.jsonl: no such file",),
+    ):
+        assert has(report.problems, *parts), parts
+    assert len(report.problems) == 3
+    assert has(report.warnings, "1 of 23 rows repeat another one")
 
 
 def test_what_is_odd_is_a_warning(ready: Path, tmp_path: Path) -> None:
@@ -254,6 +247,8 @@ def test_missing_packages(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("thrifty.run.arguments.find_spec", lambda name: None)
     report, _ = look(ready, "report_to=trackio")
     assert report.problems == ["report_to: trackio is not installed: pip install 'thrifty[report]', or report_to=none"]
+    report, _ = look(ready, "optim=galore_adamw")
+    assert report.problems == ["optim: galore_adamw needs galore-torch: pip install galore-torch, or leave optim out"]
     report, _ = look(ready, "objective=dpo")
     assert has(report.problems, "objective dpo needs TRL: pip install 'thrifty[trl]'")
 

@@ -15,6 +15,7 @@ from thrifty import __version__
 from thrifty.core.errors import ThriftyError, nearest
 
 from . import verbs
+from .completion import SHELLS
 from .delta_verbs import add_delta_verbs
 
 __all__ = ["main", "parser"]
@@ -126,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
     verb("env", "Report versions, devices and what each extra adds", verbs.env)
     completion = verb("completion", "Print what makes a shell complete thrifty's commands", verbs.completion)
-    completion.add_argument("shell", choices=["bash", "zsh", "fish"], help='bash: eval "$(thrifty completion bash)"')
+    completion.add_argument("shell", choices=SHELLS, help='bash: eval "$(thrifty completion bash)"')
     return top
 
 

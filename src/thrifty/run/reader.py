@@ -37,25 +37,23 @@ _MINIMUM = {
 
 @dataclass
 class Reading:
-    """What `read_config` found: every problem in one line, the keys that they are about, and the configuration with the
-    defaults in place of those; None where it names no model."""
+    """What `read_config` found: every problem in one line, and the keys that they are about."""
 
-    config: RunConfig | None = None
     problems: list[str] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)  # top-level keys
 
 
-def read_config(source: str | os.PathLike[str] | Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> Reading:
-    """`load_config` that goes on after a mistake, so that all of them are told at once. ThriftyError only for a file
-    that cannot be read at all."""
+def read_config(
+    source: str | os.PathLike[str] | Mapping[str, Any] | None, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, Reading]:
+    """`load_config` that goes on after a mistake, to tell all of them at once; what is mistaken has its default (a
+    model the empty name). ThriftyError only for a file that cannot be read at all."""
     document, reading = read_document(source), Reading()
     reader = Reader(document, reading)
     for text in overrides:
         with reader.noting(text.partition("=")[0]):
             apply_overrides(document, [text])
-    config = reader.run(needs_training_data=True)
-    reading.config = config if config.model else None
-    return reading
+    return reader.run(needs_training_data=True), reading
 
 
 class Reader:

@@ -68,7 +68,7 @@ def _look(report: Report, settings: Settings, *, step: bool) -> None:
             report.say(describe_tokenizer(tokenizer))
             ids = extend(tokenizer, config.add_tokens) if config.add_tokens else {}
     data = None
-    if tokenizer is not None and not broken & {"objective", "max_length"}:
+    if not broken & {"objective", "max_length"}:
         report.section("data")
         data = _look_at_data(report, settings, tokenizer, model, ids=ids)
     trained = None
@@ -102,14 +102,15 @@ def _describe_model(model: PreTrainedModel) -> str:
 def _look_at_data(
     report: Report,
     settings: Settings,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel | None,
     *,
     ids: Mapping[str, int],
 ) -> Data:
     config = settings.config
     data = check_rows(report, config, tokenizer, console_marks=report.console.is_terminal)
-    check_texts(report, [example for example, _ in data.train], tokenizer)
+    if tokenizer is not None:
+        check_texts(report, [example for example, _ in data.train], tokenizer)
     if model is not None:
         rows = [{"input_ids": row.input_ids, "labels": row.labels} for _, row in data.every()]
         embedded = model.get_input_embeddings().num_embeddings

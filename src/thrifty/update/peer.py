@@ -20,7 +20,7 @@ from ..core.region import Whole
 from ..delta import fingerprint
 from ..delta.peer import PeerDelta, merge
 
-__all__ = ["NO_NEW_TOKENS", "PeerTuning", "PeftAdapter", "attach_peer"]
+__all__ = ["NO_NEW_TOKENS", "PeerTuning", "PeftAdapter", "attach_peer", "may_rewrite_base"]
 
 NO_NEW_TOKENS = (
     "tokens cannot be added beside a PEFT method, whose adapter holds no rows of the embedding: "
@@ -48,7 +48,7 @@ class PeftAdapter:
         return PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**copy.deepcopy(dict(self.config)))
 
 
-def _rewrites_base(config: Any) -> bool:
+def may_rewrite_base(config: Any) -> bool:
     """May this configuration change base weights when it starts (PiSSA, OLoRA, ...)? Only where an init is not the
     default."""
     inits = [f for f in dataclasses.fields(config) if f.name.startswith("init_")]
@@ -80,7 +80,7 @@ def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed
     total = distinct_parameters(model)
     base = {name: fingerprint(p) for name, p in model.named_parameters()}
     config = adapter.build()
-    kept = {n: p.detach().clone() for n, p in model.named_parameters()} if _rewrites_base(config) else {}
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()} if may_rewrite_base(config) else {}
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from thrifty.core.budget import Budget, distinct_parameters
 from thrifty.core.errors import ThriftyError
 from thrifty.core.method import Method, Selector, parse_method
 from thrifty.select.compose import budgets
-from thrifty.update.peer import PeftAdapter
+from thrifty.update.peer import PeftAdapter, may_rewrite_base
 
 from ..config import RunConfig
 from .report import Report
@@ -37,44 +39,69 @@ def check_places(report: Report, config: RunConfig, model: PreTrainedModel) -> i
     except ThriftyError as error:
         report.problem(f"method: {error}")
         return None
-    trained = 0
+    parts: list[tuple[str, _Part]] = []
     for number, (select, budget) in enumerate(chosen, 1):
         name = method.name if len(chosen) == 1 else f"part {number}"
         try:
             select.check(model, budget)
-            text, size = _matched(select, budget, model)
+            parts.append((name, _matched(select, budget, model)))
         except ThriftyError as error:
             report.problem(f"method: {f'{name}: ' if len(chosen) > 1 else ''}{error}")
             continue
-        report.say(f"{name}: {text}")
-        trained += size
-    total = distinct_parameters(model)
+        report.say(f"{name}: {parts[-1][1].text}")
+    _check_apart(report, parts)
+    total, trained = distinct_parameters(model), sum(part.trained for _, part in parts)
     if trained:
         report.say(f"at most {trained:,} of {total:,} numbers are trained ({100 * trained / total:.3g}%)")
     _say_probe(report, config, method)
     return trained or None
 
 
-def _matched(select: Selector, budget: Budget | None, model: PreTrainedModel) -> tuple[str, int]:
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What a part matches, in words and by name. trained: how many numbers at most; all_of_it: those of all names."""
+
+    text: str
+    names: frozenset[str]
+    trained: int
+    all_of_it: bool = False
+
+
+def _check_apart(report: Report, parts: Sequence[tuple[str, _Part]]) -> None:
+    """No tensor may be in two parts."""
+    for (one, first), (other, second) in itertools.combinations(parts, 2):
+        shared = sorted(first.names & second.names)
+        if not shared:
+            continue
+        fix = "give them different target_modules or layers"
+        if first.all_of_it and second.all_of_it:
+            report.problem(f"method: {one} and {other} both train {shared[0]}: {fix}")
+        else:
+            report.warn(f"method: {one} and {other} may both choose {shared[0]}, which would stop the run: {fix}")
+
+
+def _matched(select: Selector, budget: Budget | None, model: PreTrainedModel) -> _Part:
     grids = select.grids(model, budget)
     if not grids:
         plan = select.select(model, probe=None, budget=budget, seed=0)
         size = plan.trainable_parameters
         if select.spends:  # a schedule chooses among these
             size = min(size, (budget or _ALL).numbers(model))
-        return f"{len(plan)} tensors ({_kinds(plan)}), {plan.trainable_parameters:,} numbers", size
+        text = f"{len(plan)} tensor{'s' * (len(plan) > 1)} ({_kinds(plan)}), {plan.trainable_parameters:,} numbers"
+        return _Part(text=text, names=frozenset(plan), trained=size, all_of_it=not select.spends)
     parameters = dict(model.named_parameters())
     held = sum(parameters[name].numel() for name in grids)
     allowed = min(held, (budget or _ALL).numbers(model))
     units = Counter(grids.values())
     if not select.spends:
-        return f"a share of {len(grids)} matrices ({_kinds(grids)}), {held:,} numbers", held
+        text = f"a share of {len(grids)} matrices ({_kinds(grids)}), {held:,} numbers"
+        return _Part(text=text, names=frozenset(grids), trained=held)
     text = f"chooses in {len(grids)} matrices ({_kinds(grids)}), {held:,} numbers; "
     text += f"budget {budget or _ALL} is {allowed:,} numbers"
     (shape, _), *others = units.most_common()
     if shape != (1, 1) and not others:
         text += f", up to {allowed // math.prod(shape):,} blocks of {shape[0]} x {shape[1]}"
-    return text, allowed
+    return _Part(text=text, names=frozenset(grids), trained=allowed)
 
 
 def _kinds(names: Iterable[str]) -> str:
@@ -92,6 +119,7 @@ def _say_probe(report: Report, config: RunConfig, method: Method) -> None:
 
 def _peer(report: Report, config: RunConfig, model: PreTrainedModel, adapter: PeftAdapter) -> int | None:
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     total = distinct_parameters(model)
     try:
@@ -103,11 +131,13 @@ def _peer(report: Report, config: RunConfig, model: PreTrainedModel, adapter: Pe
     except NotImplementedError:  # it starts from the values of the weights
         report.say(f"{adapter.peft_type}: what it adds is seen only when the weights are there")
         return None
-    leaves = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    trained = sum(p.numel() for p in leaves.values())
-    modules = dict.fromkeys(name.split(".lora_")[0] for name in leaves)
-    where = ", ".join(f"{k} {n}" for k, n in Counter(name.split(".")[-1] for name in modules).most_common(_NAMED))
-    report.say(f"{adapter.peft_type}: {len(leaves)} tensors in {where}")
+    if may_rewrite_base(adapter.build()):
+        report.warn("method: an init_* option of PEFT that changes base weights is refused: try it with --step")
+    leaves = [p for p in wrapped.parameters() if p.requires_grad]
+    trained = sum(p.numel() for p in leaves)
+    layers = [name for name, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)]
+    where = f" in {_kinds(f'{name}.weight' for name in layers)}" if layers else ""
+    report.say(f"{adapter.peft_type}: {len(leaves)} tensors{where}")
     report.say(f"{trained:,} numbers are trained, beside {total:,} ({100 * trained / total:.3g}%)")
     if config.budget is not None and trained > 1.05 * config.budget.of(total):
         report.problem(

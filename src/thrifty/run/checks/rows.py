@@ -60,8 +60,11 @@ class Data:
         return [*self.train, *self.rejected, *self.eval]
 
 
-def check_rows(report: Report, config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, console_marks: bool) -> Data:
-    """Read and encode `data.train` and `data.eval`, and look at both. `console_marks`: samples are coloured."""
+def check_rows(
+    report: Report, config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, *, console_marks: bool
+) -> Data:
+    """Read and encode `data.train` and `data.eval`, and look at both; without a tokenizer they are only read.
+    `console_marks`: samples are coloured."""
     data = Data()
     read = _read(report, config, config.data.train)
     data.judged = [example for example in read if isinstance(example, Judged)]
@@ -82,10 +85,11 @@ def check_rows(report: Report, config: RunConfig, tokenizer: PreTrainedTokenizer
         data.eval = _encoded(report, data.examples, tokenizer, max_length=config.max_length)
         if data.eval:
             _describe(report, config, data.eval, name="data.eval")
-            with report.attempt():
-                _check_measures(config, data.examples, tokenizer)
-    _check_doubles(report, [example for example, _ in data.train], data.examples)
-    if data.train:
+    if tokenizer is not None and data.eval:
+        with report.attempt():
+            _check_measures(config, data.examples, tokenizer)
+    _check_doubles(report, good, data.examples)
+    if tokenizer is not None and data.train:
         report.say("longest rows: " + ", ".join(_longest(data.train)))
         how = "what is trained is green" if console_marks else "what is trained stands in [[ ]]"
         report.say(f"{min(_SAMPLES, len(data.train))} rows as the model sees them; {how}:")
@@ -126,9 +130,11 @@ def _shape(example: Example, source: Source) -> str:
 
 
 def _encoded(
-    report: Report, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    report: Report, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase | None, *, max_length: int
 ) -> Found:
     """All rows; those that the template or the tokenizer refuses are problems."""
+    if tokenizer is None:
+        return []
     try:
         return list(encoded_rows(examples, tokenizer, max_length=max_length))
     except ThriftyError:
@@ -195,12 +201,8 @@ def _content(example: Example) -> str:
 
 def _check_doubles(report: Report, train: Sequence[Example], held_out: Sequence[Example]) -> None:
     first: dict[str, str] = {}
-    windows: set[int] = set()
     doubles, shared = [], []
     for example in train:
-        if id(example) in windows:
-            continue
-        windows.add(id(example))
         content = _content(example)
         if content in first:
             doubles.append((example.origin, first[content]))
@@ -210,7 +212,7 @@ def _check_doubles(report: Report, train: Sequence[Example], held_out: Sequence[
             shared.append((example.origin, origin))
     if doubles:
         report.warn(
-            f"data.train: {len(doubles):,} of {len(windows):,} rows repeat another one, first {doubles[0][0]} "
+            f"data.train: {len(doubles):,} of {len(train):,} rows repeat another one, first {doubles[0][0]} "
             f"(= {doubles[0][1]}): leave them out, unless they are to count more"
         )
     if shared:

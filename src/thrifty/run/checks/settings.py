@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ from .report import Report
 __all__ = ["Settings", "check_settings"]
 
 
+# Part of an optimizer's name -> the distribution that has it; the first that fits.
+_OPTIMIZERS = {
+    **dict.fromkeys(("torch_4bit", "torch_8bit"), "torchao"),
+    "galore": "galore-torch",
+    "lomo": "lomo-optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "apollo": "apollo-torch",
+    "stable_adamw": "torch-optimi",
+    **dict.fromkeys(("bnb", "8bit", "paged", "ademamix", "lion_"), "bitsandbytes"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """A configuration of which `broken` (top-level keys) are mistaken: the defaults are in their place. No arguments
@@ -36,18 +50,15 @@ class Settings:
 def check_settings(
     report: Report, source: str | os.PathLike[str] | Mapping[str, Any] | None, overrides: Sequence[str]
 ) -> Settings | None:
-    """The configuration as far as it can be read; None where it names no model or is no run file at all."""
+    """The configuration as far as it can be read; None where it is no run file at all."""
     report.section("configuration")
     try:
-        reading = read_config(source, overrides)
+        config, reading = read_config(source, overrides)
     except ThriftyError as error:
         report.problem(str(error))
         return None
     for text in reading.problems:
         report.problem(text)
-    config = reading.config
-    if config is None:
-        return None
     with report.attempt():
         refuse_unsupported(config)  # with TRL missing it cannot be told what goes with it
         config = with_defaults(config)
@@ -62,12 +73,21 @@ def check_settings(
     if "method" not in reading.broken:
         with report.attempt():
             check_text(config)
+    _check_optimizer(report, config)
     forgetting = config.eval.forgetting
     if forgetting is not None and not Path(forgetting).is_file():
         report.problem(f"eval.forgetting: there is no file {forgetting!r}: name a plain text file")
     settings = Settings(config=config, args=args, broken=frozenset(reading.broken))
     report.say(_described(settings))
     return settings
+
+
+def _check_optimizer(report: Report, config: RunConfig) -> None:
+    """Optimizers of other packages, which transformers imports only when training starts."""
+    name = str(config.training.get("optim", ""))
+    needed = next((package for part, package in _OPTIMIZERS.items() if part in name), None)
+    if needed is not None and find_spec(needed.removeprefix("torch-").replace("-", "_")) is None:
+        report.problem(f"optim: {name} needs {needed}: pip install {needed}, or leave optim out")
 
 
 def _described(settings: Settings) -> str:
