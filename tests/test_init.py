@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_run import save_checkpoint
 
 from thrifty.cli.main import main
 from thrifty.run.config import RunConfig, load_config
+from thrifty.run.init import run_file
+from thrifty.run.suggest import suggest
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,21 @@ def test_a_text_file_and_held_out_rows(model: Path, tmp_path: Path) -> None:
     assert config.data.train[0].split is None
     assert config.data.eval[0].path == str(held_out)
     assert config.eval.exact_match == 40
+
+
+NAMES = ["prompt", "completion", "question", "answer", "text", "dialog", "chosen", "rejected", "label", "choices"]
+VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.lists(st.text(max_size=3), max_size=3)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5), min_size=1, max_size=3))
+def test_whatever_the_rows_a_file_is_written(model: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    data = str(write(tmp_path / "any.jsonl", rows * 40))
+    found = suggest(model=str(model), train=data)
+    text = run_file(model=str(model), train=data, values=found.values, why=found.why, notes=found.seen)
+    (tmp_path / "any.yaml").write_text(text, encoding="utf-8")
+    assert load_config(tmp_path / "any.yaml").data.train[0].path == data
+    assert found.seen or found.unseen
 
 
 def test_pairs_are_for_dpo(model: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def run_file(
     """
     values = {"model": model, "train": train, "eval": eval, **(values or {})}
     left_out = _NOT_WITH_TRL if values.get("objective", "sft") != "sft" else ()
-    parts = [_HEAD.format(file=file) + "".join(f"# {text}\n" for text in notes)]
+    parts = [_HEAD.format(file=file) + "".join(f"# {' '.join(text.split())}\n" for text in notes)]
     for keys in _KEYS:
         group = keys[0][0] if keys[0][1] is ... else ""
         parts.append("".join(_line(*key, group=group, values=values, why=why or {}, left_out=left_out) for key in keys))

@@ -110,13 +110,10 @@ def _read(made: Suggestion, path: str) -> tuple[Source, list[Example]]:
     examples, errors = examples_in(source, convert=_convert(made))
     if not examples:
         raise errors[0]
-    shape = " + ".join(examples[0].columns) if isinstance(examples[0], Judged) else _shape(first, source)
+    good = examples[0]
+    shape = " + ".join(good.columns) if isinstance(good, Judged) else shape_of(good.row, columns=source.columns)
     made.seen.append(f"{path}: {len(examples):,} rows, {shape}" + (f"; {len(errors)} are broken" if errors else ""))
     return source, examples
-
-
-def _shape(row: Row, source: Source) -> str:
-    return shape_of(row.value, columns=source.columns)
 
 
 def _columns(row: Row) -> dict[str, str]:
