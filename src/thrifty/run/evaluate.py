@@ -14,11 +14,20 @@ from transformers import PreTrainedTokenizerBase
 
 from thrifty.core.errors import ThriftyError
 from thrifty.core.files import write_text
-from thrifty.data import Example, answer, check_vocabulary, encode_all
-from thrifty.objective.heads import unwrapped
+from thrifty.data import Example
 
 from .config import EvalConfig, RunConfig
-from .evaluation import Answered, answer_all, choose, evaluating, file_loss, mean_loss, option_lists, questions
+from .evaluation import (
+    Answered,
+    answer_all,
+    choose,
+    evaluating,
+    example_losses,
+    file_losses,
+    mean_of,
+    option_lists,
+    questions,
+)
 from .model import ModelName, apply_delta, load_model, load_tokenizer
 from .rows import answered_examples
 
@@ -51,12 +60,10 @@ def evaluate(
     scores: dict[str, float] = {}
     with evaluating(model):
         if config.loss and examples:
-            rows, _ = encode_all(examples, tokenizer, max_length=max_length)
-            check_vocabulary(rows, _vocabulary(model))
-            scores["loss"] = mean_loss(model, rows, batch_size=config.batch_size)
+            sums = example_losses(model, tokenizer, examples, max_length=max_length, batch_size=config.batch_size)
+            scores["loss"] = mean_of(sums)
         if config.exact_match:
             asked = questions(_first(examples, config.exact_match, "exact_match"), tokenizer)
-            check_vocabulary([{"input_ids": question.prompt_ids} for question in asked], _vocabulary(model))
             answered = answer_all(
                 model, tokenizer, asked, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
             )
@@ -67,12 +74,10 @@ def evaluate(
             picked = _first(examples, config.choice, "choice")
             texts = option_lists(picked, given=config.choices, among=examples)
             chosen = choose(model, tokenizer, picked, texts, batch_size=config.batch_size)
-            right = [(answer(e) or "").strip() == t[c] for e, t, c in zip(picked, texts, chosen)]
-            scores["choice"] = sum(right) / len(right)
+            scores["choice"] = sum(c.correct for c in chosen) / len(chosen)
         if config.forgetting:
-            scores["forgetting"] = file_loss(
-                model, tokenizer, config.forgetting, max_length=max_length, batch_size=config.batch_size
-            )
+            sums = file_losses(model, tokenizer, config.forgetting, max_length=max_length, batch_size=config.batch_size)
+            scores["forgetting"] = mean_of(sums)
     return scores
 
 
@@ -81,10 +86,6 @@ def _first(examples: Sequence[T], rows: int | bool, name: str) -> Sequence[T]:
     if not examples:
         raise ThriftyError(f"eval.{name} needs data.eval: rows to evaluate on")
     return examples if rows is True else examples[:rows]
-
-
-def _vocabulary(model: nn.Module) -> int:
-    return int(unwrapped(model).get_input_embeddings().weight.shape[0])
 
 
 def _write_answers(answered: Sequence[Answered], file: Path) -> None:

@@ -1,17 +1,20 @@
 """What a model can do: losses, greedy answers, chosen options. Nothing here changes the model."""
 
 from .answers import Answered, answer_all, questions
-from .choices import choose, option_lists
-from .losses import file_loss, mean_loss
+from .choices import Chosen, choose, option_lists
+from .losses import example_losses, file_losses, mean_of, sum_losses
 from .quiet import evaluating
 
 __all__ = [
     "Answered",
+    "Chosen",
     "answer_all",
     "choose",
     "evaluating",
-    "file_loss",
-    "mean_loss",
+    "example_losses",
+    "file_losses",
+    "mean_of",
     "option_lists",
     "questions",
+    "sum_losses",
 ]

@@ -15,6 +15,8 @@ from thrifty.core.errors import ThriftyError
 from thrifty.data import Example, prompt_and_reference, stop_ids
 from thrifty.objective.heads import unwrapped
 
+from .quiet import check_ids
+
 __all__ = ["Answered", "Question", "answer_all", "questions"]
 
 _SLACK = 16  # tokens that an answer may be longer than the longest reference
@@ -87,6 +89,7 @@ def answer_all(
         max_new_tokens: by default as many as the longest reference has, and 16 more.
     """
     limit = max_new_tokens or max(question.reference_tokens for question in asked) + _SLACK
+    check_ids(model, [{"input_ids": question.prompt_ids} for question in asked])
     _check_positions(model, asked, limit)
     # A batch is as slow as its longest row: in prompt, and in the answer that it is expected to give.
     order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt_ids) - asked[i].reference_tokens)
@@ -153,5 +156,5 @@ def _check_positions(model: Any, asked: Sequence[Question], limit: int) -> None:
     if positions is not None and len(longest.prompt_ids) + limit > positions:
         raise ThriftyError(
             f"{longest.origin}: the prompt's {len(longest.prompt_ids)} tokens and an answer of {limit} do not fit the "
-            f"model's {positions} positions: lower eval.max_new_tokens, or leave the row out"
+            f"model's {positions} positions: lower max_new_tokens, or leave the row out"
         )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from thrifty.data import check_vocabulary
 from thrifty.objective import label_only
+from thrifty.objective.heads import unwrapped
 
-__all__ = ["evaluating"]
+__all__ = ["check_ids", "evaluating"]
 
 
 @contextmanager
@@ -35,3 +37,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _restore(modes: dict[nn.Module, bool]) -> None:
     for module, training in modes.items():
         module.training = training
+
+
+def check_ids(model: nn.Module, rows: Sequence[dict[str, list[int]]]) -> None:
+    """ThriftyError where the `input_ids` of a row are not in the model's vocabulary."""
+    check_vocabulary(rows, int(unwrapped(model).get_input_embeddings().weight.shape[0]))

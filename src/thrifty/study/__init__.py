@@ -1,0 +1,1 @@
+"""Methods compared under equal conditions: what is measured, recorded and concluded."""
