@@ -1,1 +1,1 @@
-"""Compare methods, budgets, seeds and tasks under equal conditions, and report what can be said of them."""
+"""Studies: methods x budgets x seeds x tasks under equal conditions, and the evidence that they leave."""
