@@ -88,7 +88,7 @@ def _close(ours: Interval, theirs: tuple[float, float]) -> None:
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """Both levels vary: rows are hard or easy for all, seeds good or bad. Six seeds, so 5/6 of their variance is seen."""
+    """Rows are hard or easy for all, seeds good or bad. Of six seeds' variance 5/6 is seen."""
     source, hits, trials, truth = np.random.default_rng(6), 0, 200, 0.3
     for trial in range(trials):
         hard = source.normal(size=80)

@@ -1,4 +1,4 @@
-"""Scores that are ratios of sums over rows: how far a mean over seeds can be trusted, and a difference of two methods."""
+"""How far scores that are ratios of sums over rows can be trusted, and the difference of two methods."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def paired_bootstrap(
 
     Each resample draws seeds and rows with replacement, the same for both methods, and the same rows for every seed
     (seeds share the test set, so more seeds do not make more rows). The interval covers chance in which rows the test
-    set has and, as far as the seeds show it, chance in training (seed: order of data, initial values). It does not cover
-    what all runs have in common: the training data, the base model, the learning rate's choice. A few seeds show too
-    little of their own spread: n drawn from n seeds have (n - 1) / n of the sample variance, so with 2 seeds half of
-    it, and with one seed none. Percentile intervals are somewhat narrow for few rows. Where the denominators of a
+    set has and, as far as the seeds show it, chance in training (seed: order of data, initial values). It does not
+    cover what all runs have in common: the training data, the base model, the learning rate's choice. A few seeds show
+    too little of their own spread: n drawn from n seeds have (n - 1) / n of the sample variance, so with 2 seeds half
+    of it, and with one seed none. Percentile intervals are somewhat narrow for few rows. Where the denominators of a
     resample sum to 0, it is left out.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 (two-level data) and 13
