@@ -11,7 +11,9 @@ from .rates import best_rate, is_interior
 from .records import Record
 from .rule import Rule
 
-__all__ = ["Costs", "Difference", "Entry", "Failure", "Results", "Score", "SearchResult"]
+__all__ = ["TINY", "Costs", "Difference", "Entry", "Failure", "Results", "Score", "SearchResult"]
+
+TINY = 1e-9  # below it a difference is rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         """`better` or `worse` where the interval excludes 0, else `unclear`."""
-        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+        if self.low is None or self.high is None or (self.low <= TINY and self.high >= -TINY):
             return "unclear"
         return "better" if (self.value > 0) == (better(self.measure) == "higher") else "worse"
 
