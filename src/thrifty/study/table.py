@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import rich.box
 import rich.table
@@ -11,7 +12,7 @@ from rich.text import Text
 from .measures import better
 from .rates import written
 from .results import Entry, Results, Score
-from .words import bytes_words, caveats, count_words, headlines, number, plus_minus, seconds_words, span
+from .words import bytes_words, caveats, count_words, headlines, number, plus_minus, seconds_words, slug, span
 
 __all__ = ["Cell", "Table", "cost_table", "failure_table", "markdown", "quality_table", "rich_tables", "tables"]
 
@@ -35,6 +36,10 @@ class Table:
     headers: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     brief: tuple[int, ...]
+
+    def is_number(self, column: int) -> bool:
+        """Whether a column holds numbers; it is then set to the right."""
+        return any(isinstance(row[column].value, int | float) for row in self.rows)
 
 
 def tables(results: Results) -> list[Table]:
@@ -64,7 +69,7 @@ def quality_table(results: Results, task: str) -> Table:
             rise = entry.forgetting.value if entry.forgetting is not None else None
             cells.append(_number(rise, number(rise, signed=True)))
         rows.append(tuple(cells))
-    return Table(f"quality-{task}", f"{task}: quality", tuple(headers), tuple(rows), (0, 1, 3, 4, 6, 7, 8))
+    return Table(f"quality-{slug(task)}", f"{task}: quality", tuple(headers), tuple(rows), (0, 1, 3, 4, 6, 7, 8))
 
 
 def cost_table(results: Results, task: str) -> Table:
@@ -96,7 +101,7 @@ def cost_table(results: Results, task: str) -> Table:
                 _number(ratio, "" if ratio is None else f"{ratio:.2f}"),
             )
         )
-    return Table(f"costs-{task}", f"{task}: costs", tuple(headers), tuple(rows), (0, 1, 2, 4, 6, 7, 12))
+    return Table(f"costs-{slug(task)}", f"{task}: costs", tuple(headers), tuple(rows), (0, 1, 2, 4, 6, 7, 12))
 
 
 def failure_table(results: Results) -> Table:
@@ -113,8 +118,8 @@ def rich_tables(results: Results) -> list[rich.table.Table]:
             title=Text(table.title), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
         for i in table.brief:
-            words = all(row[i].value is None or isinstance(row[i].value, str) for row in table.rows)
-            shown.add_column(Text(table.headers[i]), justify="left" if words else "right", no_wrap=i == 0)
+            justify: Literal["left", "right"] = "right" if table.is_number(i) else "left"
+            shown.add_column(Text(table.headers[i]), justify=justify, no_wrap=i == 0)
         for row in table.rows:
             shown.add_row(*(Text(row[i].text) for i in table.brief))
         found.append(shown)

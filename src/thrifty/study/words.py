@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 from .measures import better
 from .results import TINY, Difference, Entry, Results, Score
 
-__all__ = ["bytes_words", "caveats", "count_words", "headlines", "number", "plus_minus", "seconds_words", "span"]
+__all__ = [
+    "bytes_words",
+    "caveats",
+    "count_words",
+    "headlines",
+    "number",
+    "plus_minus",
+    "seconds_words",
+    "slug",
+    "span",
+]
 
 FEW_SEEDS = 5
 
@@ -64,6 +75,11 @@ def seconds_words(value: float | None) -> str:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
     minutes, seconds = divmod(round(value), 60)
     return f"{minutes} min {seconds:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def slug(text: str) -> str:
+    """Letters, digits, _ . and - only: part of a file's name or of a link."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text.replace("%", "pct"))
 
 
 def headlines(results: Results, task: str) -> list[str]:
