@@ -67,7 +67,9 @@ def read_results(folder: Path, *, main: str | Mapping[str, str] | None = None, b
         baseline=baseline,
         entries=tuple(compared),
         bases=base_scores,
-        mains=_mains(tasks, main, [r for r in records if r.run_info["stage"] in ("base", "final")], rules),
+        mains=_mains(
+            tasks, main, [r for stage in ("final", "base") for r in records if r.run_info["stage"] == stage], rules
+        ),
         rules=rules,
         failures=tuple(
             Failure(name=r.name, stage=r.run_info["stage"], message=message)

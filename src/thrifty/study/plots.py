@@ -243,7 +243,7 @@ def _search(results: Results, task: str) -> Plot:
         ]
         y = [top if bad else loss for loss, bad in zip(losses, failed)]
         trace = _points(results, entry.method, x=rates, y=y, labels=labels, mode="lines+markers")
-        symbols = ["x-thin-open" if bad else trace["marker"]["symbol"] for bad in failed]
+        symbols = ["x" if bad else trace["marker"]["symbol"] for bad in failed]
         sizes = [13 if rate == entry.search.best else 7 for rate in rates]
         data.append(
             trace
@@ -251,7 +251,7 @@ def _search(results: Results, task: str) -> Plot:
                 "name": _shown(entry.label),
                 "line": trace["line"] | {"dash": _dash(results, entry.budget), "width": 1.5},
             }
-            | {"marker": trace["marker"] | {"symbol": symbols, "size": sizes}}
+            | {"marker": trace["marker"] | {"symbol": symbols, "size": sizes, "line": {"width": 0}}}
         )
     return Plot(
         f"search-{slug(task)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.resources
 import importlib.util
 from collections import Counter
@@ -95,10 +96,10 @@ def write_plots(
         raise ThriftyError("plots as PNG need kaleido: pip install 'thrifty[plots]'") from None
     target = folder / PLOTS
     target.mkdir(parents=True, exist_ok=True)
-    drawn = [plot for task in results.tasks for plot in plots(results, task)]
-    paths = [target / f"{plot.name}.png" for plot in drawn]
     size = {"format": "png", "width": 800, "height": 520, "scale": 2}
-    wanted = [{"fig": _on_paper(plot), "path": path, "opts": size} for plot, path in zip(drawn, paths)]
+    drawn = [(task, plot) for task in results.tasks for plot in plots(results, task)]
+    paths = [target / f"{plot.name}.png" for _, plot in drawn]
+    wanted = [{"fig": _on_paper(task, plot), "path": path, "opts": size} for (task, plot), path in zip(drawn, paths)]
     try:
         kaleido.write_fig_from_object_sync(wanted, cancel_on_error=True, kopts={"plotlyjs": library, "mathjax": False})
     except ChromeNotFoundError:
@@ -109,9 +110,9 @@ def write_plots(
     return paths
 
 
-def _on_paper(plot: Plot) -> dict[str, Any]:
+def _on_paper(task: str, plot: Plot) -> dict[str, Any]:
     """With its title, on white."""
-    title = {"text": plot.title, "x": 0.02, "xanchor": "left"}
+    title = {"text": html.escape(f"{task}: {plot.title}", quote=False), "x": 0.02, "xanchor": "left"}
     margin = {"l": 70, "r": 24, "t": 48, "b": 60}
     axis = {"gridcolor": "#D9DEE6", "linecolor": "#8A8A8A"}
     layout = plot.figure["layout"]

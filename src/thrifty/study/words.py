@@ -121,7 +121,7 @@ def _apart(entry: Entry, difference: Difference) -> str:
         return f"Its difference to {difference.to} is {value}, without an interval because rows are missing or differ"
     if difference.verdict == "unclear":
         return (
-            f"it cannot be told apart from {difference.to}: the difference is {value}, its interval {interval} holds 0"
+            f"It cannot be told apart from {difference.to}: the difference is {value}, its interval {interval} holds 0"
         )
     return f"It is {difference.verdict} than {difference.to} by {value}, and the interval {interval} excludes 0"
 
