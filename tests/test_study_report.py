@@ -292,6 +292,6 @@ def test_plots_are_written_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "plateau-snips.png", "seconds-snips.png", "memory-snips.png", "chosen-snips-smt-1pct.png",
     ]  # fmt: skip
     for path in paths:
-        picture = np.asarray(Image.open(path).convert("RGB"))
-        assert picture.shape == (1040, 1600, 3)
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+        picture = Image.open(path).convert("RGB")
+        assert picture.size == (1600, 1040)
+        assert len(picture.getcolors(1600 * 1040) or []) > 20  # a blank one has a single colour
