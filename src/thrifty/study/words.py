@@ -25,14 +25,13 @@ FEW_SEEDS = 5
 
 
 def number(value: float | None, *, signed: bool = False) -> str:
-    """Three decimals, or three digits where the value is small or large; empty for None."""
+    """Three decimals, four below 0.01, three digits where that would not do; empty for None."""
     if value is None:
         return ""
     if abs(value) < TINY:
         return "0"
-    if not 0.01 <= abs(value) < 1000:
-        return f"{value:+.3g}" if signed else f"{value:.3g}"
-    return f"{value:+.3f}" if signed else f"{value:.3f}"
+    digits = ".3g" if not 0.0001 <= abs(value) < 1000 else ".4f" if abs(value) < 0.01 else ".3f"
+    return f"{value:{'+' if signed else ''}{digits}}"
 
 
 def plus_minus(error: float | None) -> str:
@@ -127,24 +126,35 @@ def _apart(entry: Entry, difference: Difference) -> str:
 
 
 def _verdicts(ranked: Sequence[Entry], measure: str, baseline: str | None) -> str:
-    groups: dict[str, list[str]] = {}
-    for entry in ranked:
-        if measure in entry.differences:
-            groups.setdefault(entry.differences[measure].verdict, []).append(entry.label)
+    groups: dict[str, list[Entry]] = {}
+    compared = [entry for entry in ranked if measure in entry.differences]
+    for entry in compared:
+        groups.setdefault(entry.differences[measure].verdict, []).append(entry)
     titles = {"better": "better", "worse": "worse", "unclear": "cannot be told apart"}
-    said = [f"{title}: {', '.join(groups[verdict])}" for verdict, title in titles.items() if verdict in groups]
+    said = [f"{title}: {_listed(groups[verdict], compared)}" for verdict, title in titles.items() if verdict in groups]
     return f"Against {baseline} at the same (or nearest) size — {'; '.join(said)}." if said else ""
+
+
+def _listed(entries: Sequence[Entry], among: Sequence[Entry]) -> str:
+    """`smt (all sizes), lora 2%`: a method once where all of its sizes are meant."""
+    words = []
+    for method in dict.fromkeys(entry.method for entry in entries):
+        mine, every = ([entry for entry in some if entry.method == method] for some in (entries, among))
+        whole = len(mine) == len(every) > 1
+        words += [f"{method} (all sizes)"] if whole else [entry.label for entry in mine]
+    return ", ".join(words)
 
 
 def _times(entries: Sequence[Entry], baseline: str | None) -> str:
     timed = [(e, e.time_to) for e in entries if e.time_to is not None and e.method != baseline]
     reached = sorted(((t.ratio, e.label) for e, t in timed if t.ratio is not None))
-    never = [e.label for e, t in timed if t.seconds is None]
+    never = [entry for entry, t in timed if t.seconds is None]
     if not timed:
         return ""
     words = [f"{label} in {ratio:.2f} of its time" for ratio, label in reached[:3]]
     if never:
-        words.append(f"never by {', '.join(never)}" if words else f"not by {', '.join(never)}")
+        listed = _listed(never, [entry for entry, _ in timed])
+        words.append(f"never by {listed}" if words else f"not by {listed}")
     return f"The lowest held-out loss of {baseline} at the same (or nearest) size is reached: {'; '.join(words)}."
 
 
