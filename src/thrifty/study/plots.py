@@ -131,8 +131,16 @@ def _curves(results: Results, task: str, over: str) -> Plot:
         f"curves-{over}-{slug(task)}",
         f"Held-out loss by {'time' if over == 'seconds' else 'step'}",
         f"Thick: the mean over seeds; thin: each seed.{dash_words(results)}",
-        make_figure(data, axis(title, rangemode="tozero"), axis("loss on held-out rows")),
+        make_figure(data, axis(title, rangemode="tozero"), _loss_axis(data)),
     )
+
+
+def _loss_axis(data: list[Trace]) -> dict[str, Any]:
+    """Logarithmic, so that late differences show; marked at 1, 2 and 5 of each power of ten."""
+    losses = [loss for trace in data for loss in trace["y"]] or [1.0]
+    steps = [float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 2, 5)]
+    marks = [step for step in steps if min(losses) / 2 < step < 2 * max(losses)]
+    return log_axis("loss on held-out rows", marks, "{:g}".format)
 
 
 def _forgetting(results: Results, task: str) -> Plot:
