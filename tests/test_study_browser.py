@@ -21,10 +21,7 @@ WIDTHS = (390, 1280)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 EVIL = "<script>window.hacked = 1</script>"
 
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on PATH"),
-    pytest.mark.filterwarnings("error"),
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on PATH")
 
 # Runs inside the report, waits until every plot has traces, clicks each header twice, and tells its parent.
 PROBE = """
