@@ -197,7 +197,7 @@ def _search(results: Results, task: str) -> Plot:
         "The search for the learning rate",
         "Loss on held-out training rows after a short run; the large mark is the rate that was chosen, a cross at the "
         f"top a run that failed.{dash_words(results)}",
-        make_figure(data, log_axis("learning rate", tried, written), axis("loss")),
+        make_figure(data, log_axis("learning rate", tried, written), _loss_axis(data)),
     )
 
 
