@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import batches, build
+from tiny_run import configuration, prepare
 from torch import Tensor, nn
 
 from thrifty import attach
@@ -16,6 +17,8 @@ from thrifty.core.errors import ThriftyError
 from thrifty.core.plan import plan_from_files, plan_to_files
 from thrifty.core.projected import Projected
 from thrifty.delta import Delta
+from thrifty.optim import Muon
+from thrifty.run.train import train
 from thrifty.update.tuning import Tuning
 
 DATA = batches(3, 4, 10)
@@ -109,6 +112,47 @@ def test_backward_keeps_the_projected_inputs_alone() -> None:
     assert (14, 72) not in kept
     assert any(shape[-1] == 3 and shape[0] in (2, 14) for shape in kept)
     assert tuning.model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_goes_equally_far_along_all_directions_of_the_momentum(momentum: float) -> None:
+    """Against the polar factor in float64. Newton-Schulz leaves singular values between .6 and 1.3 or so."""
+    tuning = attached(build("llama", layers=1), r=5, target_modules=["gate_proj"])
+    (leaf,) = tuning.parameters()
+    optimizer = Muon(momentum=momentum, nesterov=False).optimizer(
+        tuning.named_leaves(), learning_rate=0.02, weight_decay=0.0
+    )
+    moment = torch.zeros(5, 5, dtype=torch.float64)
+    for batch in DATA:
+        before = leaf.detach().double()
+        optimizer.zero_grad()
+        tuning.model(**batch).loss.backward()
+        assert leaf.grad is not None
+        moment = momentum * moment + (1 - momentum) * leaf.grad.double()
+        optimizer.step()
+        step = before - leaf.detach().double()
+        u, _, vh = torch.linalg.svd(moment)
+        along = (u.t() @ step @ vh.t()) / 0.02
+        assert 0.5 < along.diagonal().min() <= along.diagonal().max() < 1.4
+        assert (along - along.diagonal().diag()).abs().max() < 0.1
+
+
+def test_a_run_takes_the_methods_optimizer_unless_it_names_one(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    changes: dict[str, object] = {"method": "gradient_axes", "max_steps": 1, "save_steps": 1}
+    for folder, more, state in (("own", {}, "momentum_buffer"), ("named", {"optim": "adamw_torch"}, "exp_avg")):
+        train(configuration(tmp_path, **changes, **more, output_dir=str(tmp_path / folder)))
+        assert state in (tmp_path / folder / "checkpoint-1" / "optimizer.json").read_text(encoding="utf-8")
+
+
+def test_muon_refuses_what_is_no_matrix() -> None:
+    tuning = attach(build("llama", layers=1), {"random_blocks": {"block_size": 8}}, budget=0.05)
+    with pytest.raises(ThriftyError, match=r"Muon moves matrices, but what is trained of .* has shape \(\d+, 8, 8\)"):
+        Muon().optimizer(tuning.named_leaves(), learning_rate=0.02, weight_decay=0.0)
+    assert isinstance(tuning, Tuning)
+    assert isinstance(tuning.optimizer(learning_rate=0.1), torch.optim.AdamW)
+    cores = attached(build("llama", layers=1), r=2)
+    assert isinstance(cores.optimizer(learning_rate=0.1), torch.optim.Muon)
 
 
 def test_the_plan_goes_through_files_and_a_delta_is_exact(tmp_path: Path) -> None:

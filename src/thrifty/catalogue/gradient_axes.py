@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..core.method import Method, Part
 from ..core.registry import method
+from ..optim import Muon
 from ..select.axes import GradientAxes
 from ..select.layers import Layers
 from ..update.in_place import InPlace
@@ -17,7 +18,7 @@ __all__ = ["gradient_axes"]
     family="low-rank-budget",
     paper="thrifty's own; the form is LoRA-XS's, arXiv 2405.17604, and axes from the gradient are LoRA-SB's, "
     "arXiv 2411.19557",
-    learning_rate=3e-3,
+    learning_rate=2e-2,
     cost="16 bytes per trained number and 4 r (in + out) for the axes of each matrix; two narrow products each way",
     needs_probe=True,
 )
@@ -38,4 +39,4 @@ def gradient_axes(
     (it stores r (in + out) numbers for each matrix, U and R V^T), or without labelled batches to probe.
     """
     select = GradientAxes(r=r, target_modules=target_modules, layers=layers)
-    return Method(name="gradient_axes", parts=(Part(select=select, update=InPlace()),))
+    return Method(name="gradient_axes", parts=(Part(select=select, update=InPlace()),), steps=Muon())
