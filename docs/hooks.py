@@ -86,7 +86,7 @@ def _methods(known: Iterable[MethodRecord]) -> str:
     rows = []
     for r in sorted(known, key=lambda r: (r.family != "block-sparse", r.family, r.name)):
         probe, rate = "yes" if r.needs_probe else "", f"{r.learning_rate:g}"
-        rows.append([f"[{r.name}]({r.name}.md)", r.family, _prose(r.summary), probe, rate])
+        rows.append([f"[{r.name}]({r.name}.md)", r.family, probe, rate, _prose(r.summary)])
     return f"""# Methods
 
 A method says where a model is trained and what is trained there. In a run file: `method: smt`, or with options
@@ -94,7 +94,7 @@ A method says where a model is trained and what is trained there. In a run file:
 `thrifty methods smt` prints what its page says. Peers of the PEFT library run under [peft](peft.md), and
 [custom](custom.md) puts several parts together. A probe looks at a few batches before training.
 
-{_table(["method", "family", "what is trained", "probe", "learning rate"], rows)}
+{_table(["method", "family", "probe", "learning rate", "what is trained"], rows)}
 The learning rate is the default with AdamW; the best one differs, and [`thrifty compare`](../compare.md) searches it.
 """
 
@@ -102,7 +102,14 @@ The learning rate is the default with AdamW; the best one differs, and [`thrifty
 def _method(record: MethodRecord) -> str:
     what, _, never = (inspect.getdoc(record.build) or "").partition("When not to use it:")
     summary, _, body = what.partition("\n")
-    out = [f"# {record.name}", f"**{_prose(summary)}**", _prose(body.strip())]
+    facts = [
+        ["Family", record.family],
+        ["Paper", re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", _prose(record.paper))],
+        ["Cost", _prose(record.cost)],
+        ["Needs", _needs(record)],
+        ["Learning rate", f"{record.learning_rate:g} unless given"],
+    ]
+    out = [f"# {record.name}", f"**{_prose(summary)}**", _table(["", ""], facts), _prose(body.strip())]
     if never:
         never = _prose(never.strip())
         out.append(f'!!! warning "When not to use it"\n\n{textwrap.indent(never[0].upper() + never[1:], "    ")}')
@@ -115,16 +122,8 @@ def _method(record: MethodRecord) -> str:
     rows += [["any other", "", "that of PEFT"] for p in signature if p.kind is p.VAR_KEYWORD]
     given = {p.name: p.default for p in signature if p.default not in (None, p.empty)} | _EXAMPLE.get(record.name, {})
     example = dump_yaml({"method": {record.name: given} if given else record.name})
-    facts = [
-        ["Family", record.family],
-        ["Paper", re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", _prose(record.paper))],
-        ["Cost", _prose(record.cost)],
-        ["Needs", _needs(record)],
-        ["Learning rate", f"{record.learning_rate:g} unless given"],
-    ]
     out += ["## Options", _table(["option", "type", "default"], rows) if rows else "None."]
     out += ["In a run file, where what is left out has its default:", f"```yaml\n{example}```"]
-    out += ["## At a glance", _table(["", ""], facts)]
     return "\n\n".join(part for part in out if part) + "\n"
 
 
@@ -192,7 +191,7 @@ for the few below that thrifty owns. The list is that of the transformers that t
 def _study_file() -> str:
     least = study.load_study({"tasks": {"t": {"train": "t.jsonl"}}, "methods": {"smt": "smt"}})
     defaults = {"output_dir": "studies/<name of the file>", "budgets": _yaml([b.label for b in least.budgets])}
-    defaults |= dict.fromkeys(("tasks", "methods"), "required") | dict.fromkeys(("search", "curve"), "see below")
+    defaults |= dict.fromkeys(("tasks", "methods"), "required") | dict.fromkeys(("search", "curve"), "below")
     defaults |= {name: _yaml(getattr(least, name)) for name in ("run", "seeds", "baseline", "measure", "seconds")}
     parts = {"A task": study.Task, "A method": study.Entry, "search": study.Search, "A range": study.Range}
     out = [
@@ -206,7 +205,8 @@ def _study_file() -> str:
 
 
 def _other_names() -> str:
-    rows = [[_code(name), _prose(re.sub("'(.+?)'", r"`\1`", is_))] for name, is_ in sorted(aliases.OTHER_NAMES.items())]
+    names = sorted(aliases.OTHER_NAMES.items())
+    rows = [[_code(name), _prose(re.sub("'(.+?)'", r"`\1`", ours))] for name, ours in names]
     rows += [[_code(f"data.{name}"), f"called `data.{ours}` here"] for name, ours in sorted(aliases.IN_DATA.items())]
     return f"""# Other tools' names
 
@@ -235,7 +235,7 @@ def _fields(kind: type, *, prefix: str = "", leave: Iterable[str] = (), defaults
     for name, annotation, default, comment in _parsed(kind):
         if name not in leave:
             default = (defaults or {}).get(name, default)
-            shown = default if default in ("required", "see below") else _code(default)
+            shown = default if default in ("required", "below") else _code(default)
             rows.append([_code(prefix + name), _code(annotation), shown, _prose(comment)])
     return _table(["key", "type", "default", ""], rows)
 
@@ -248,7 +248,7 @@ def _parsed(kind: type) -> Iterable[tuple[str, str, str, str]]:
     (body,) = (node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            comment = comments.get(node.end_lineno or 0, "").replace("None:", "null:")
+            comment = comments.get(node.end_lineno or 0, "")
             yield node.target.id, _type(ast.unparse(node.annotation)), _default(node.value), comment
 
 
@@ -258,7 +258,7 @@ def _default(node: ast.expr | None) -> str:
     if isinstance(node, ast.Call):  # field(default_factory=...)
         (factory,) = (keyword.value for keyword in node.keywords)
         if not isinstance(factory, ast.Lambda):
-            return {"dict": "{}", "list": "[]"}.get(ast.unparse(factory), "see below")
+            return {"dict": "{}", "list": "[]"}.get(ast.unparse(factory), "below")
         node = factory.body
     return _yaml(ast.literal_eval(node))
 
@@ -290,7 +290,7 @@ def _code(text: str) -> str:
 
 def _prose(text: str) -> str:
     """Plain text as Markdown: outside of `code`, nothing is markup."""
-    parts = re.split(r"(`[^`]*`)", text)
+    parts = re.split(r"(`[^`]*`)", text.replace("None:", "null:"))
     return "".join(part if part.startswith("`") else re.sub(r"([*<\[\]|])", r"\\\1", part) for part in parts)
 
 

@@ -59,13 +59,13 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the weights are held in
     trust_remote_code: bool = False  # whether Python code that comes with the model may run
     add_tokens: list[str] | None = None  # new in the tokenizer; their rows are trained beside the method's part
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig)  # the rows
     method: str | dict[str, Any] = "smt"  # a name, {name: {option: value}}, or a list of parts
     objective: str | dict[str, Any] = "sft"  # {dpo: {...}}, {kto: {...}}, {grpo: {...}}: TRL's options
     budget: Budget | None = None  # a ceiling on trained numbers: 1% or 0.01 of the model's, or a count
     probe_rows: int = 4  # rows in one unit of the probe
     probe_units: int = 16  # units of the probe that chooses what to train
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)  # what is measured
     output_dir: str = "out"  # where everything of this run is written
     max_length: int = 1024  # tokens; longer rows are cut, and counted
     packing: bool = False  # rows joined to rows of up to max_length tokens, none of which sees another

@@ -35,7 +35,7 @@ class Task:
 
     train: Sources  # as data.train of a run file
     eval: Sources | None = None  # the rows to judge by
-    held_out: Sources | None = None
+    held_out: Sources | None = None  # the rows to search and draw curves by
     measures: dict[str, Any] = field(default_factory=lambda: {"loss": True})  # keys of eval, and more
     run: dict[str, Any] = field(default_factory=dict)  # keys of a run file, over the study's
 
@@ -45,8 +45,8 @@ class Entry:
     """One contestant. `learning_rate`: its own grid; `budgets`: its own, or `own` where it sets its size itself."""
 
     method: str | dict[str, Any] | list[Any]  # as in a run file
-    learning_rate: list[float] | None = None
-    budgets: list[StudyBudget] | None = None
+    learning_rate: list[float] | None = None  # None: as the search says
+    budgets: list[StudyBudget] | None = None  # None: the study's
     run: dict[str, Any] = field(default_factory=dict)  # keys of a run file, over the study's and the task's
     note: str = ""  # for the report
 
@@ -86,13 +86,13 @@ class Study:
     """A whole study. `run`: what all runs share, keys of a run file."""
 
     name: str
-    run: dict[str, Any]
-    tasks: dict[str, Task]
-    methods: dict[str, Entry]
+    run: dict[str, Any]  # keys of a run file
+    tasks: dict[str, Task]  # by name
+    methods: dict[str, Entry]  # by name; a method as in a run file, or with what else is its own
     budgets: list[StudyBudget]  # 1%, 250000 (numbers), 5MB (of the result on disk), own
     seeds: list[int]  # of the order of the rows, and of what a method draws
-    search: Search
-    curve: Curve
+    search: Search  # how learning rates are chosen
+    curve: Curve  # the loss while training
     baseline: str | None  # the method that the others are compared with
     measure: str | None  # the main one; None: the first of each task
     seconds: float | None  # each final run trains so long, instead of for a number of steps
