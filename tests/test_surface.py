@@ -13,7 +13,7 @@ from thrifty.core.registry import get
 from thrifty.run.about import describe
 from thrifty.run.config import DataConfig, EvalConfig, RunConfig
 
-NAMES = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
+NAMES = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "compare", "methods", "train"]
 METHODS = [
     "bitfit",
     "composable_sft",
@@ -47,6 +47,16 @@ VERBS = {
     "train": ["settings"],
     "eval": ["--delta", "--harness", "--harness-path", "model", "settings"],
     "export": ["--base", "--dtype", "--output", "--private", "--to-hub", "source"],
+    "compare": [
+        "--only",
+        "--png",
+        "--report",
+        "--retry-failed",
+        "--stop-after",
+        "--threads",
+        "--workers",
+        "settings",
+    ],
     "chat": ["--delta", "--system", "model", "settings"],
     "delta": ["delta_verb"],
     "methods": ["name"],

@@ -130,13 +130,14 @@ def load_study(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Se
     ThriftyError, in one line with file and line, for unknown keys, wrong types, labels that cannot be part of a file's
     name, and for what is missing. What the runs themselves refuse is found by `plan.check`.
     """
+    found: str | os.PathLike[str] | Mapping[str, Any] = source
     if isinstance(source, Mapping):
-        name, found = "study", source
+        name = "study"
     elif Path(source).is_dir() and (Path(source) / "study.yaml").is_file():
         name, found = Path(source).resolve().name, Path(source) / "study.yaml"
         overrides = [f"output_dir={source}", *overrides]
     else:
-        name, found = Path(source).stem, source
+        name = Path(source).stem
     document = read_document(found)
     apply_overrides(document, overrides)
     reader = _Reader(document, name=name, file=None if isinstance(found, Mapping) else Path(found))
