@@ -4,16 +4,17 @@
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt .ci/install
 
-.PHONY: help demo bench bench-quick bench-growth bench-shapes test lint format check
+.PHONY: help demo bench bench-quick bench-growth bench-shapes test docs lint format check
 
 help:
 	@echo "make demo    fine-tune a real model on the CPU in about five minutes, and see that it learned"
 	@echo "make test    all tests, those with the real model too"
 	@echo "make bench   speed and memory against the floor and the peers, half an hour or more (bench-quick: a few minutes)"
 	@echo "make bench-growth, make bench-shapes   how cost grows; two more shapes (half an hour or more each)"
+	@echo "make docs    the documentation site, into site/"
 	@echo "make lint    formatting, lint, types, layering"
 	@echo "make format  rewrite the sources in the project's format"
-	@echo "make check   lint and test: what CI runs"
+	@echo "make check   lint, docs and test: what CI runs"
 
 .venv/.core-installed: $(SOURCES)
 	.ci/install ""
@@ -42,6 +43,9 @@ bench-shapes: .venv/.dev-installed
 test: .venv/.dev-installed
 	$(BIN)/python -m pytest -m "" -q -n 2 --dist loadfile
 
+docs: .venv/.dev-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: .venv/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -52,4 +56,4 @@ format: .venv/.dev-installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: lint test
+check: lint docs test

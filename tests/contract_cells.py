@@ -82,6 +82,7 @@ METHODS = {
     "gps": Row(method="gps", budget=0.05, probes=True),
     "diablo": Row(method={"diablo": {"blocks": 7}}),
     "sparsegrad": Row(method="sparsegrad", budget=0.02, probes=True),
+    "gradient_axes": Row(method="gradient_axes", budget=0.02, probes=True, pairs=True, tolerance=_MERGED),
     "bitfit": Row(method="bitfit", families=("qwen2", "gpt2")),
     "telly": Row(method={"telly": {"freeze": 1}}),
     "locft_bf": Row(method="locft_bf"),

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from thrifty.core.entries import Entries
 from thrifty.core.low_rank import LowRank
+from thrifty.core.projected import Projected
 from thrifty.core.region import Blocks
 from thrifty.core.rotated import Rotated
 from thrifty.delta import Delta
@@ -108,6 +109,8 @@ def expected_gradient(tuning: Tuning, name: str, dense: Tensor) -> Tensor:
     region, leaf = tuning.plan[name], tuning.named_leaves()[name]
     if isinstance(region, Rotated):
         return region.basis.rows.to(leaf.dtype).t() @ dense.to(leaf.dtype) @ region.basis.columns.to(leaf.dtype)
+    if isinstance(region, Projected):
+        return region.left.to(leaf.dtype).t() @ dense.to(leaf.dtype) @ region.right.to(leaf.dtype).t()
     if not isinstance(region, LowRank):
         return region.gather(dense).view_as(leaf)
     g_OI = dense.to(leaf.dtype)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, VOCAB, build
 from tiny_tokenizer import character_tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from thrifty.core.errors import ThriftyError
 from thrifty.data import Example, encode, prompt_and_reference, stop_ids, with_answer
 from thrifty.objective import installed_plan
 from thrifty.run.config import EvalConfig
 from thrifty.run.evaluate import evaluate
+from thrifty.run.evaluation.greedy import continued, greedy_only
 
 ONLY_LOSS = EvalConfig()
 LENGTH = 64
@@ -116,6 +126,41 @@ def test_answers_stop_at_the_end_of_the_turn() -> None:
     assert evaluate(model, tokenizer, known, config, max_length=LENGTH)["exact_match"] == sum(
         bool(answer) for answer, _ in said
     ) / len(said)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mamba", "lfm2"])
+def test_rows_that_end_leave_the_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    if family == "mamba":
+        model = MambaForCausalLM(MambaConfig(**sizes, state_size=4)).eval()
+    elif family == "lfm2":  # a convolution's state beside keys and values
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+        model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, intermediate_size=48)).eval()
+    else:
+        model = build(family).eval()
+    prompts = [list(range(5 + i, 9 + i + 3 * (i % 3))) for i in range(9)]
+    stops = list(range(3, VOCAB, 12))
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 20 and (ids == prompt or ids[-1] not in stops):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    sizes_of_batches: list[int] = []
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def counted(self: Any, *args: Any, **given: Any) -> Any:
+        sizes_of_batches.append(len(given["input_ids"]))
+        return forward(self, *args, **given)
+
+    with torch.no_grad(), greedy_only(model, stops=stops, pad=0, limit=20) as config:
+        monkeypatch.setattr(type(model), "forward", counted)
+        found = continued(model, prompts, config)
+    assert [ids[: len(plain)] for ids, plain in zip(found, expected)] == expected
+    assert len({len(ids) for ids in expected}) > 1
+    assert sum(sizes_of_batches) < 9 * max(map(len, expected))
 
 
 def test_the_models_own_generation_settings_do_not_matter_and_stay() -> None:

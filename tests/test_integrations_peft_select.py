@@ -158,11 +158,3 @@ class _Embedded(nn.Module):
 def test_targets_that_match_nothing_get_peft_s_own_error() -> None:
     with pytest.raises(ValueError, match="not found in the base model"):
         get_peft_model(base(), SmtConfig(target_modules=["nowhere"]))
-
-
-def test_the_documented_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "deltas.md").read_text(encoding="utf-8")
-    section = text.partition("## In PEFT")[2].partition("\n## ")[0]
-    monkeypatch.chdir(tmp_path)
-    exec(compile(section.partition("```python\n")[2].partition("```")[0], "docs/deltas.md", "exec"), {})
-    assert {folder.name for folder in tmp_path.iterdir()} == {"base", "adapter", "delta"}

@@ -56,7 +56,7 @@ def measure(folder: Path) -> None:
     for owner, name in (
         (ThriftyTrainer, "training_step"),
         (ThriftyTrainer, "evaluate"),
-        *((evaluation, name) for name in ("mean_loss", "answer_all", "choose")),
+        *((evaluation, name) for name in ("example_losses", "answer_all", "choose")),
     ):
         setattr(owner, name, metered(peaks, name, getattr(owner, name)))
     sizes = {"per_device_train_batch_size": ROWS, "per_device_eval_batch_size": ROWS, "max_length": 128}
@@ -72,6 +72,6 @@ def test_no_evaluation_exceeds_the_training_peak(tmp_path: Path) -> None:
     assert child.exitcode == 0
     peaks = json.loads((tmp_path / "peaks.json").read_text())
     training = peaks.pop("training_step")
-    assert set(peaks) == {"evaluate", "mean_loss", "answer_all", "choose"}
+    assert set(peaks) == {"evaluate", "example_losses", "answer_all", "choose"}
     over = {name: peak - training for name, peak in peaks.items()}
     assert max(over.values()) < ALL_LOGITS / 100, over

@@ -57,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "end_of_epoch": ("llama", {"save_steps": 6, "eval_strategy": "epoch", "logging_strategy": "epoch"}),
     "full": ("llama", {"method": "full", "budget": None, "save_steps": 3, "learning_rate": 1e-3}),
     "sparsegrad": ("llama", {"method": "sparsegrad", "dtype": "bfloat16", "save_steps": 3}),
+    "gradient_axes": ("llama", {"method": "gradient_axes", "dtype": "bfloat16", "save_steps": 3, "weight_decay": 0.1}),
     "grouped": ("llama", {"train_sampling_strategy": "group_by_length", "save_steps": 2}),
     "packed": ("gpt2", {"packing": True, "per_device_train_batch_size": 2, "save_steps": 2, "eval_steps": 4}),
     "lora": ("llama", {"method": LORA, "budget": None, "save_steps": 3}),

@@ -13,7 +13,7 @@ from thrifty.core.registry import get
 from thrifty.run.about import describe
 from thrifty.run.config import DataConfig, EvalConfig, RunConfig
 
-NAMES = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
+NAMES = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "compare", "methods", "train"]
 METHODS = [
     "bitfit",
     "composable_sft",
@@ -21,6 +21,7 @@ METHODS = [
     "diablo",
     "full",
     "gps",
+    "gradient_axes",
     "greentrainer",
     "hft",
     "lift",
@@ -48,7 +49,16 @@ VERBS = {
     "validate": ["--step", "settings"],
     "eval": ["--delta", "--harness", "--harness-path", "model", "settings"],
     "export": ["--base", "--dtype", "--output", "--private", "--to-hub", "source"],
-    "compare": ["--only", "--report", "--retry-failed", "--stop-after", "--threads", "--workers", "settings"],
+    "compare": [
+        "--only",
+        "--png",
+        "--report",
+        "--retry-failed",
+        "--stop-after",
+        "--threads",
+        "--workers",
+        "settings",
+    ],
     "chat": ["--delta", "--system", "model", "settings"],
     "delta": ["delta_verb"],
     "methods": ["method"],

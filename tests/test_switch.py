@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -247,11 +246,3 @@ def test_tied_weights_go_by_either_name() -> None:
         assert bits(model) == trained
     deltas.deactivate()
     assert bits(model) == before
-
-
-def test_the_example_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parent.parent / "docs" / "deltas.md").read_text(encoding="utf-8")
-    section = text.split("## Many deltas on one base")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "docs/deltas.md", "exec"), {})

@@ -122,7 +122,7 @@ def compare(arguments: argparse.Namespace) -> int:
             only=tuple(name for name in (arguments.only or "").split(",") if name),
             retry_failed=arguments.retry_failed,
         )
-    write_evidence(study)
+    write_evidence(study, png=arguments.png)
     if not complete:
         print(f"runs are left to make: `thrifty compare {file}` goes on")
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
 from . import registry
@@ -14,7 +15,7 @@ from .budget import Budget
 from .errors import ThriftyError, unknown
 from .plan import Plan
 
-__all__ = ["Method", "Part", "Schedule", "Selector", "Update", "parse_method"]
+__all__ = ["Method", "Part", "Schedule", "Selector", "Steps", "Update", "parse_method"]
 
 
 class Selector(Protocol):
@@ -50,6 +51,16 @@ class Update(Protocol):
         ...
 
 
+class Steps(Protocol):
+    """HOW the leaves move."""
+
+    def optimizer(
+        self, leaves: Mapping[str, nn.Parameter], *, learning_rate: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        """An optimizer of `leaves`, by parameter name."""
+        ...
+
+
 class Schedule(Protocol):
     """WHEN the plan changes: called around each step of the optimizer that holds the leaves, in any loop.
 
@@ -81,6 +92,7 @@ class Method:
 
     general: the probe must see general text, not the task; `text` names the plain text file that a run takes it from.
     loss: what the probe differentiates, the `task`'s own loss or the `contrastive` one of its answers.
+    steps: the optimizer that suits it; None for AdamW.
     """
 
     name: str
@@ -90,6 +102,7 @@ class Method:
     general: bool = False
     text: str | None = None
     loss: Literal["task", "contrastive"] = "task"
+    steps: Steps | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The form that `parse_method` and a run file take: `{name: {option: value}}`."""

@@ -17,6 +17,7 @@ from .budget import distinct_parameters
 from .entries import Entries
 from .errors import ThriftyError, unknown
 from .low_rank import LowRank
+from .projected import Projected
 from .region import Blocks, Region, Whole
 from .rotated import Rotated
 
@@ -41,6 +42,8 @@ def layer_of(name: str) -> int | None:
 
 
 def _form(region: Region) -> str:
+    if isinstance(region, Projected):
+        return f"projected {region.core[0]} x {region.core[1]}"
     return f"low_rank r={region.r}" if isinstance(region, LowRank) else region.kind
 
 
@@ -216,5 +219,7 @@ def region_from_files(record: Mapping[str, Any], index: Tensor | None) -> Region
         return LowRank(r, float(alpha))
     if kind == Rotated.kind:
         return Rotated.from_files(dict(record), index)
-    known = [Whole.kind, Blocks.kind, Entries.kind, LowRank.kind, Rotated.kind]
+    if kind == Projected.kind:
+        return Projected.from_files(dict(record), index)
+    known = [Whole.kind, Blocks.kind, Entries.kind, LowRank.kind, Rotated.kind, Projected.kind]
     raise ThriftyError(unknown("kind of region", str(kind), known))

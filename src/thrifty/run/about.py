@@ -30,7 +30,11 @@ _EXTRAS = {
     "liger": (("liger-kernel",), "Liger's fused loss on CUDA devices"),
     "report": (("tensorboard", "trackio"), "report_to: tensorboard or trackio"),
     "triton": (("triton",), "fused kernels of the regions' gradients on CUDA devices (Linux)"),
-    "plots": (("matplotlib",), "pictures: thrifty delta show --plot, and the report of thrifty compare"),
+    "plots": (
+        ("matplotlib", "plotly", "kaleido"),
+        "pictures: thrifty delta show --plot, the report of thrifty compare",
+    ),
+    "search": (("optuna",), "thrifty compare: settings found by search"),
     "completion": (("shtab",), "thrifty completion: the shell completes commands"),
 }
 

@@ -22,21 +22,21 @@ __all__ = ["DataConfig", "EvalConfig", "RunConfig", "load_config", "training_fie
 class DataConfig:
     """Where the rows come from. Relative paths are relative to the current directory, as for any command."""
 
-    train: tuple[Source, ...] = ()
-    eval: tuple[Source, ...] = ()
+    train: tuple[Source, ...] = ()  # rows to learn from: a path, a source, or a list of both
+    eval: tuple[Source, ...] = ()  # rows held out, to measure on
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """What is measured on `data.eval` after training (and before, if `before`)."""
 
-    loss: bool = True
+    loss: bool = True  # the loss on data.eval, per answer token
     exact_match: int | bool = 0  # rows to answer greedily; 0: none, true: all
     choice: int | bool = 0  # rows to choose an option for; 0: none, true: all
-    choices: list[str] | None = None
-    forgetting: str | None = None  # a plain text file
-    before: bool = False
-    batch_size: int = 16
+    choices: list[str] | None = None  # the options, where rows name none: [yes, no]
+    forgetting: str | None = None  # a plain text file: the loss on it tells what was unlearned
+    before: bool = False  # before training too
+    batch_size: int = 16  # rows at a time
     max_new_tokens: int | None = None  # None: the longest reference and 16 more
 
 
@@ -44,24 +44,24 @@ class EvalConfig:
 class RunConfig:
     """One run. `training` holds the fields of transformers.TrainingArguments that were given, under their own names."""
 
-    model: str | dict[str, Any]  # a name, or {base: ..., deltas: [...]}
+    model: str | dict[str, Any]  # smollm2-135m, a folder or a hub id, or {base: one of these, deltas: [...]}
     tokenizer: str | None = None  # None: the model's own
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the weights are held in
+    trust_remote_code: bool = False  # whether Python code that comes with the model may run
     add_tokens: list[str] | None = None  # new in the tokenizer; their rows are trained beside the method's part
-    data: DataConfig = field(default_factory=DataConfig)
-    method: str | dict[str, Any] = "smt"
+    data: DataConfig = field(default_factory=DataConfig)  # the rows
+    method: str | dict[str, Any] = "smt"  # a name, {name: {option: value}}, or a list of parts
     objective: str | dict[str, Any] = "sft"  # {dpo: {...}}, {kto: {...}}, {grpo: {...}}: TRL's options
-    budget: Budget | None = None
+    budget: Budget | None = None  # a ceiling on trained numbers: 1% or 0.01 of the model's, or a count
     probe_rows: int = 4  # rows in one unit of the probe
-    probe_units: int = 16
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    output_dir: str = "out"
-    max_length: int = 1024  # tokens
+    probe_units: int = 16  # units of the probe that chooses what to train
+    eval: EvalConfig = field(default_factory=EvalConfig)  # what is measured
+    output_dir: str = "out"  # where everything of this run is written
+    max_length: int = 1024  # tokens; longer rows are cut, and counted
     packing: bool = False  # rows joined to rows of up to max_length tokens, none of which sees another
     resume_from_checkpoint: str | None = None  # "auto" or a checkpoint's folder
     early_stopping_patience: int | None = None  # evaluations without improvement
-    report_to: str | list[str] = "none"
+    report_to: str | list[str] = "none"  # none, tensorboard or trackio
     training: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -200,6 +201,7 @@ def train_rows(
             meter=meter,
             record=record,
             callbacks=[display],
+            optimizers=(_own_optimizer(config, args, tuning), None),
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         trainer.note_result(best=keeps_best(config))
@@ -211,6 +213,15 @@ def train_rows(
         display.close()
         meter.close()
     return tuning, trainer
+
+
+def _own_optimizer(
+    config: RunConfig, args: TrainingArguments, tuning: Tuning | PeerTuning
+) -> torch.optim.Optimizer | None:
+    """The method's, where it has one and the run does not name another by `optim`; None for what `args` say."""
+    if isinstance(tuning, PeerTuning) or tuning.method.steps is None or "optim" in config.training:
+        return None
+    return tuning.optimizer(learning_rate=args.learning_rate, weight_decay=args.weight_decay)
 
 
 def _put_loss(

@@ -60,6 +60,7 @@ class ThriftyTrainer(Trainer):
         order: RowOrder,
         patience: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[torch.optim.Optimizer | None, None] = (None, None),
     ) -> None:
         self.order = order
         filler = {name: [-100 if name == "labels" else 0] for name in rows[0]}  # taken only where `order` names it
@@ -71,6 +72,7 @@ class ThriftyTrainer(Trainer):
             train_dataset=ConcatDataset([rows, [filler]]),
             eval_dataset=eval_rows,
             callbacks=[Guards(self, tuning), *callbacks],
+            optimizers=optimizers,
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)

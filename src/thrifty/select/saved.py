@@ -54,9 +54,10 @@ class Saved(FixedSize):
                 f"plan: {self.plan!r} holds no plan: give the folder of a finished run, its delta or a checkpoint"
             )
         delta = Delta.load(found)
-        if "sparsegrad" in delta.method:
+        rotated = next((name for name in ("sparsegrad", "gradient_axes") if name in delta.method), None)
+        if rotated is not None:
             raise ThriftyError(
-                f"plan: {found} is the delta of a sparsegrad run, which holds what changed but not the basis: give a "
+                f"plan: {found} is the delta of a {rotated} run, which holds what changed but not the basis: give a "
                 "checkpoint of that run (save_steps), such as its folder checkpoint-100"
             )
         plan = delta.plan

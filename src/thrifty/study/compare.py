@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,13 +14,19 @@ from thrifty.core.errors import ThriftyError, unknown
 
 from .config import Study, load_study
 from .engine import run_study
+from .gather import read_results
 from .measures import check as check_measures
-from .plan import check
+from .plan import check, done_and_planned
+from .records import read_records
+from .report import write_plots, write_report
+from .results import Results
+from .table import rich_tables
+from .words import caveats, headlines
 
 __all__ = ["compare", "compare_study", "write_evidence"]
 
 
-def compare(source: str | os.PathLike[str] | Mapping[str, Any], **options: Any) -> Any:
+def compare(source: str | os.PathLike[str] | Mapping[str, Any], **options: Any) -> Results:
     """Run a study (a file, a folder or a mapping) and return its results; options as for `compare_study`.
 
     The folder `output_dir` then holds `runs/*.json`, `report.html` and the study as it was run. A study that was
@@ -60,6 +68,34 @@ def compare_study(
     )
 
 
-def write_evidence(study: Study, *, console: Console | None = None) -> Any:
-    """Print the table and write the report of what is in the study's folder."""
-    raise NotImplementedError
+def write_evidence(study: Study, *, png: bool = False, console: Console | None = None) -> Results:
+    """Print the tables and write the report of what is in the study's folder; with `png`, its plots too.
+
+    ThriftyError where there is no run yet.
+    """
+    folder = Path(study.output_dir)
+    records = read_records(folder)
+    there = {record.run_info["method"] for record in records.values()}
+    measured = {name for record in records.values() for name in record.train_info.get("measures", {})}
+    asked = {
+        "main": study.measure if study.measure in measured else None,
+        "baseline": study.baseline if study.baseline in there else None,
+    }
+    results = read_results(folder, **asked)
+    console = Console() if console is None else console
+    for table in rich_tables(results):
+        console.print(table)
+    for task in results.tasks:
+        for sentence in headlines(results, task):
+            console.print(f"{task}: {sentence}", highlight=False, markup=False)
+    done_planned = done_and_planned(study, records)
+    for sentence in caveats(results, planned=done_planned):
+        console.print(sentence, highlight=False, markup=False)
+    if find_spec("plotly") is None:
+        console.print("no report: it needs plotly (pip install 'thrifty[plots]')", highlight=False, markup=False)
+        return results
+    console.print(f"report: {write_report(folder, planned=done_planned, **asked)}", highlight=False, soft_wrap=True)
+    if png:
+        for path in write_plots(folder, **asked):
+            console.print(str(path), highlight=False, soft_wrap=True)
+    return results

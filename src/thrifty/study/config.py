@@ -22,7 +22,7 @@ __all__ = ["Curve", "Entry", "Range", "Search", "Study", "Task", "load_study"]
 Sources = str | dict[str, Any] | list[Any]
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+]*\Z")
-_PATHS = ("train", "eval", "held_out")
+_NO_KEYS = ("name", "text", "file", "place")  # of a Study: set when its file is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class Task:
     curves are drawn on them. None: the last 5 % of `train`, at most 64 rows of its file.
     """
 
-    train: Sources
-    eval: Sources | None = None
-    held_out: Sources | None = None
-    measures: dict[str, Any] = field(default_factory=lambda: {"loss": True})
+    train: Sources  # as data.train of a run file
+    eval: Sources | None = None  # the rows to judge by
+    held_out: Sources | None = None  # the rows to search and draw curves by
+    measures: dict[str, Any] = field(default_factory=lambda: {"loss": True})  # keys of eval, and more
     run: dict[str, Any] = field(default_factory=dict)  # keys of a run file, over the study's
 
 
@@ -44,11 +44,11 @@ class Task:
 class Entry:
     """One contestant. `learning_rate`: its own grid; `budgets`: its own, or `own` where it sets its size itself."""
 
-    method: str | dict[str, Any] | list[Any]
-    learning_rate: list[float] | None = None
-    budgets: list[StudyBudget] | None = None
-    run: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
+    method: str | dict[str, Any] | list[Any]  # as in a run file
+    learning_rate: list[float] | None = None  # None: as the search says
+    budgets: list[StudyBudget] | None = None  # None: the study's
+    run: dict[str, Any] = field(default_factory=dict)  # keys of a run file, over the study's and the task's
+    note: str = ""  # for the report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class Search:
 
     learning_rate: list[float] | Range = field(default_factory=lambda: [1e-3, 3e-3, 1e-2])
     widen: int = 3
-    run: dict[str, Any] = field(default_factory=lambda: {"max_steps": 40})
-    trials: int = 0
+    run: dict[str, Any] = field(default_factory=lambda: {"max_steps": 40})  # keys of a run file, of the short runs
+    trials: int = 0  # proposals of Optuna
     budget: Range | None = None
 
 
@@ -86,17 +86,17 @@ class Study:
     """A whole study. `run`: what all runs share, keys of a run file."""
 
     name: str
-    run: dict[str, Any]
-    tasks: dict[str, Task]
-    methods: dict[str, Entry]
-    budgets: list[StudyBudget]
-    seeds: list[int]
-    search: Search
-    curve: Curve
-    baseline: str | None
+    run: dict[str, Any]  # keys of a run file
+    tasks: dict[str, Task]  # by name
+    methods: dict[str, Entry]  # by name; a method as in a run file, or with what else is its own
+    budgets: list[StudyBudget]  # 1%, 250000 (numbers), 5MB (of the result on disk), own
+    seeds: list[int]  # of the order of the rows, and of what a method draws
+    search: Search  # how learning rates are chosen
+    curve: Curve  # the loss while training
+    baseline: str | None  # the method that the others are compared with
     measure: str | None  # the main one; None: the first of each task
     seconds: float | None  # each final run trains so long, instead of for a number of steps
-    output_dir: str
+    output_dir: str  # where the runs' records and the report are written
     text: str  # as it was given, or with what the command line changed
     file: Path | None  # where it was read
     place: Callable[[str], str]  # of a dotted key: "study.yaml:7"
@@ -130,13 +130,14 @@ def load_study(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Se
     ThriftyError, in one line with file and line, for unknown keys, wrong types, labels that cannot be part of a file's
     name, and for what is missing. What the runs themselves refuse is found by `plan.check`.
     """
+    found: str | os.PathLike[str] | Mapping[str, Any] = source
     if isinstance(source, Mapping):
-        name, found = "study", source
+        name = "study"
     elif Path(source).is_dir() and (Path(source) / "study.yaml").is_file():
         name, found = Path(source).resolve().name, Path(source) / "study.yaml"
         overrides = [f"output_dir={source}", *overrides]
     else:
-        name, found = Path(source).stem, source
+        name = Path(source).stem
     document = read_document(found)
     apply_overrides(document, overrides)
     reader = _Reader(document, name=name, file=None if isinstance(found, Mapping) else Path(found))
@@ -155,7 +156,7 @@ class _Reader:
         return ThriftyError(f"{self.document.place(key)}: {text}")
 
     def study(self) -> Study:
-        known = [item.name for item in dataclasses.fields(Study) if item.name not in ("name", "text", "file")]
+        known = [item.name for item in dataclasses.fields(Study) if item.name not in _NO_KEYS]
         for key in self.values:
             if key not in known:
                 raise self.fail(key, unknown("key of a study", key, known))

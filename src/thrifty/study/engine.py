@@ -61,7 +61,8 @@ def run_study(
             if record.failed:
                 (folder / RUNS / f"{name}.json").unlink()
     _refuse_changes(study, folder)
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or max(1, processors // workers)
     sitting = _Sitting(study, folder, threads=threads, only=only, stop_after=stop_after, say=say)
     done, planned = done_and_planned(study, read_records(folder))
     say(f"{study.name}: {done} of {planned} runs are over; {workers} side by side, {threads} threads each -> {folder}")

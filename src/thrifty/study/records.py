@@ -42,7 +42,7 @@ class Record:
 def read_records(folder: Path) -> dict[str, Record]:
     """All runs in a study's folder, by name. ThriftyError for a file that is no record."""
     found = {}
-    for path in sorted((folder / RUNS).glob("*.json")):
+    for path in sorted((folder / RUNS).glob("[!.]*.json")):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             record = Record(path.stem, value["run_info"], value["train_info"], value["meta_info"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from torch import nn
@@ -66,13 +66,13 @@ def main(arguments: list[str]) -> int:
     spec_file, record_file, folder = map(Path, arguments)
     began = time.monotonic()
     spec = Spec(**json.loads(spec_file.read_text(encoding="utf-8")))
+    info = run_info(spec)
     try:
         record = _base(spec) if spec.stage == "base" else _trained(spec, folder)
     except ThriftyError as error:
         sys.stderr.write(f"thrifty: {error}\n")
         return 2
-    info = run_info(spec) | record["run_info"]
-    info |= {"total_time": time.monotonic() - began, "threads": torch.get_num_threads()}
+    info |= record["run_info"] | {"total_time": time.monotonic() - began, "threads": torch.get_num_threads()}
     write_json(record_file, {**record, "run_info": info})
     return 0
 
@@ -178,7 +178,7 @@ def _meta_info(fingerprints: Mapping[str, str]) -> dict[str, Any]:
         "model_info": {"sha": fingerprints.get("model"), "created_at": None},
         "dataset_info": data,
         "package_info": packages,
-        "system_info": {**system, "accelerator": cuda, "cpus": len(psutil.Process().cpu_affinity() or ())},
+        "system_info": {**system, "accelerator": cuda, "cpus": os.cpu_count()},
         "pytorch_info": torch.__config__.show(),
     }
 

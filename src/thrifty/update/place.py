@@ -12,12 +12,14 @@ from ..core.entries import Entries
 from ..core.errors import ThriftyError
 from ..core.low_rank import LowRank
 from ..core.plan import Plan
+from ..core.projected import Projected
 from ..core.region import Blocks, Region
 from ..core.rotated import Rotated
 from .general import seeing_class
 from .linear import InPlaceConv1D, InPlaceLinear, LinearPart
 from .low_rank import LowRankConv1D, LowRankLinear, LowRankPart
 from .part import LEAF_PREFIX, InPlaceModule, Part
+from .projected import ProjectedPart
 from .rotated import RotatedPart
 
 __all__ = ["place", "take_off"]
@@ -39,7 +41,7 @@ def _read_alone(model: nn.Module, holders: list[tuple[nn.Module, str]], region: 
         and key == "weight"
         and type(module) in _LINEAR
         and module is not head
-        and isinstance(region, Blocks | Entries | LowRank)
+        and isinstance(region, Blocks | Entries | LowRank | Projected)
     )
 
 
@@ -49,9 +51,10 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool, seed: int = 0) 
     parameters = dict(model.named_parameters())
     holders = {name: _holders(model, parameters[name]) for name in plan}
     for name, region in plan.items():
-        if isinstance(region, LowRank) and not _read_alone(model, holders[name], region):
+        if isinstance(region, LowRank | Projected) and not _read_alone(model, holders[name], region):
+            what = "low-rank pair" if isinstance(region, LowRank) else "core"
             raise ThriftyError(
-                f"{name} cannot take a low-rank pair: it is not the weight of a plain linear layer that nothing else "
+                f"{name} cannot take a {what}: it is not the weight of a plain linear layer that nothing else "
                 "reads (embeddings, tied weights and the output head are not); leave it out"
             )
     generator = torch.Generator().manual_seed(seed)
@@ -62,8 +65,12 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool, seed: int = 0) 
     for name, region in plan.items():
         module, key = holders[name][0]
         if _read_alone(model, holders[name], region):
-            if isinstance(region, LowRank):
-                alone: Part = LowRankPart(module, name=name, region=region, generator=generator)
+            if isinstance(region, LowRank | Projected):
+                alone: Part = (
+                    LowRankPart(module, name=name, region=region, generator=generator)
+                    if isinstance(region, LowRank)
+                    else ProjectedPart(module, name=name, region=region)
+                )
                 module.__class__ = _LOW_RANK[type(module)]
             else:
                 assert isinstance(region, Blocks | Entries)

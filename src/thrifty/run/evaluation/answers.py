@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from thrifty.core.errors import ThriftyError
 from thrifty.data import Example, prompt_and_reference, stop_ids
 from thrifty.objective.heads import unwrapped
 
+from .greedy import continued, greedy_only
 from .quiet import check_ids
 
 __all__ = ["Answered", "Question", "answer_all", "questions"]
@@ -95,12 +94,11 @@ def answer_all(
     order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt_ids) - asked[i].reference_tokens)
     stops = stop_ids(tokenizer)
     answers = [""] * len(asked)
-    with _greedy(model, stops=stops, pad=_pad_id(tokenizer, stops), limit=limit) as config:
+    with greedy_only(model, stops=stops, pad=_pad_id(tokenizer, stops), limit=limit) as config:
         for start in range(0, len(order), batch_size):
             picked = order[start : start + batch_size]
-            texts = _generate(model, tokenizer, [asked[i].prompt_ids for i in picked], config)
-            for i, text in zip(picked, texts):
-                answers[i] = text
+            for i, ids in zip(picked, continued(model, [asked[i].prompt_ids for i in picked], config)):
+                answers[i] = _text(ids, tokenizer, stops)
     return [Answered(question=q.text, answer=a, reference=q.reference) for q, a in zip(asked, answers)]
 
 
@@ -108,40 +106,6 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return stops[0] if stops else 0
-
-
-@contextmanager
-def _greedy(model: nn.Module, *, stops: list[int], pad: int, limit: int) -> Iterator[GenerationConfig]:
-    """The one configuration that decides: a model's own may sample, penalize repetition, or forbid tokens.
-
-    `generate` fills what a given configuration leaves open from the model's own, so that one is set aside meanwhile.
-    """
-    config = GenerationConfig(
-        do_sample=False, use_cache=True, max_new_tokens=limit, eos_token_id=stops or None, pad_token_id=pad
-    )
-    holders: list[Any] = list(dict.fromkeys((model, unwrapped(model))))
-    before = [holder.generation_config for holder in holders]
-    try:
-        for holder in holders:
-            holder.generation_config = config
-        yield config
-    finally:
-        for holder, own in zip(holders, before):
-            holder.generation_config = own
-
-
-def _generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], config: GenerationConfig
-) -> list[str]:
-    width = max(map(len, prompts))
-    device = next(model.parameters()).device
-    ids_BT = torch.full((len(prompts), width), config.pad_token_id, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):  # on the left, so that all answers begin in the same column
-        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[row, width - len(prompt) :] = 1
-    out = model.generate(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config)
-    return [_text(row[width:].tolist(), tokenizer, config.eos_token_id or ()) for row in out]
 
 
 def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> str:

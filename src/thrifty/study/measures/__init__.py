@@ -16,7 +16,7 @@ from .exact_match import measure_exact_match
 from .forgetting import measure_forgetting
 from .harness import measure_harness
 from .loss import measure_loss
-from .structured import measure_structured
+from .structured import measure_structured, references
 from .subject import Found, Subject
 from .wanted import check, read
 
@@ -34,20 +34,22 @@ def measure(subject: Subject, wanted: Mapping[str, Any]) -> Found:
     """
     asked = read(wanted, where="measures")
     structure = asked.structure
+    if structure:
+        references(subject, structure)  # a mistake in a row is told before minutes of generating
     found: Found = {}
     with evaluating(subject.model):
         if asked.loss:
             found |= measure_loss(subject, asked.loss)
+        if asked.choice:
+            found |= measure_choice(subject, asked.choice, choices=asked.choices)
+        if asked.forgetting:
+            found |= measure_forgetting(subject, asked.forgetting)
         if asked.exact_match and structure:  # those of the larger number serve both
             subject.answers(max(asked.exact_match, structure.rows, key=_many))
         if asked.exact_match:
             found |= measure_exact_match(subject, asked.exact_match)
         if structure:
             found |= measure_structured(subject, structure)
-        if asked.choice:
-            found |= measure_choice(subject, asked.choice, choices=asked.choices)
-        if asked.forgetting:
-            found |= measure_forgetting(subject, asked.forgetting)
         if asked.harness:
             folder = None if asked.harness_path is None else expand(asked.harness_path)
             found |= measure_harness(subject, asked.harness, folder=folder, limit=asked.harness_limit)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from thrifty.core.errors import ThriftyError
+from thrifty.data import Example, answer
 
 from .subject import Found, Subject
 
-__all__ = ["Structured", "measure_structured", "pairs", "parsed", "structured_rows"]
+__all__ = ["Structured", "measure_structured", "pairs", "parsed", "references", "structured_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,38 +34,42 @@ class Structured:
 def measure_structured(subject: Subject, options: Structured) -> Found:
     """`json_valid`, `<label>_accuracy` and `slot_f1` of the greedy answers. Inside `evaluating`.
 
-    ThriftyError where a reference is not such an object; it names the row.
+    ThriftyError as in `references`.
     """
+    wanted = references(subject, options)
     answered = subject.answers(options.rows, name="structured")
-    references = [
-        _reference(one.reference, origin=example.origin, options=options)
-        for one, example in zip(answered, subject.examples)
-    ]
-    if not any(pairs(reference.get(options.fields)) for reference in references):
+    return structured_rows([parsed(one.answer) for one in answered], wanted, options)
+
+
+def references(subject: Subject, options: Structured) -> list[dict[str, Any]]:
+    """The answers of the measured rows. ThriftyError for one that is not such an object, which names the row."""
+    examples = subject.first(options.rows, name="structured")
+    found = [_reference(example, options) for example in examples]
+    if not any(pairs(reference.get(options.fields)) for reference in found):
         raise ThriftyError(
-            f"{subject.examples[0].origin}: no reference of the {len(references)} measured rows has a value under "
-            f"{options.fields!r}: set structured.fields to the key of the object that holds them"
+            f"{examples[0].origin}: no answer of the {len(found)} measured rows has a value under {options.fields!r}: "
+            "set structured.fields to the key of the object that holds them"
         )
-    return structured_rows([parsed(one.answer) for one in answered], references, options)
+    return found
 
 
 def structured_rows(
-    answers: Sequence[Mapping[str, Any] | None], references: Sequence[Mapping[str, Any]], options: Structured
+    answers: Sequence[Mapping[str, Any] | None], wanted: Sequence[Mapping[str, Any]], options: Structured
 ) -> Found:
-    """The rows of the three measures, of parsed answers (None: not an object) and references.
+    """The rows of the three measures, of parsed answers (None: not an object) and references `wanted`.
 
     - `json_valid`: [1 or 0, 1], whether the answer is an object.
     - `<label>_accuracy`: [1 or 0, 1], whether its label is the reference's.
     - `slot_f1`: [2 tp, 2 tp + fp + fn] over the (name, value) pairs, so that the ratio of the sums is micro F1.
     """
     valid, right, overlap = [], [], []
-    for answer, reference in zip(answers, references, strict=True):
-        given, wanted = pairs((answer or {}).get(options.fields)), pairs(reference.get(options.fields))
-        label_given = answer is not None and options.label in answer
-        valid.append([int(answer is not None), 1])
-        same = label_given and _text((answer or {})[options.label]) == _text(reference[options.label])
+    for said, reference in zip(answers, wanted, strict=True):
+        valid.append([int(said is not None), 1])
+        said = said or {}
+        same = options.label in said and _text(said[options.label]) == _text(reference[options.label])
         right.append([int(same), 1])
-        overlap.append([2 * (given & wanted).total(), given.total() + wanted.total()])
+        given, right_ones = pairs(said.get(options.fields)), pairs(reference.get(options.fields))
+        overlap.append([2 * (given & right_ones).total(), given.total() + right_ones.total()])
     return {
         "json_valid": {"rows": valid},
         f"{options.label}_accuracy": {"rows": right},
@@ -103,17 +108,22 @@ def _refused(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _reference(text: str, *, origin: str, options: Structured) -> dict[str, Any]:
+def _reference(example: Example, options: Structured) -> dict[str, Any]:
+    text = answer(example) or ""
     value = parsed(text)
     if value is None:
         shown = text if len(text) <= 40 else f"{text[:37]}..."
-        raise ThriftyError(f"{origin}: the answer {shown!r} is not a JSON object: leave out `structured`, or the row")
+        raise ThriftyError(
+            f"{example.origin}: the answer {shown!r} is not a JSON object: leave out `structured`, or the row"
+        )
     if options.label not in value:
         has = ", ".join(map(repr, value)) or "none"
         raise ThriftyError(
-            f"{origin}: the answer has no key {options.label!r} (keys: {has}): set structured.label to one that all "
-            "answers have"
+            f"{example.origin}: the answer has no key {options.label!r} (keys: {has}): set structured.label to one "
+            "that all answers have"
         )
     if not isinstance(value.get(options.fields, {}), dict):
-        raise ThriftyError(f"{origin}: {options.fields!r} of the answer is not an object: set structured.fields")
+        raise ThriftyError(
+            f"{example.origin}: {options.fields!r} of the answer is not an object: set structured.fields"
+        )
     return value

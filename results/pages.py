@@ -1,0 +1,56 @@
+"""Write the tables of docs/results from the runs of the studies beside this script, in seconds.
+
+    python results/pages.py                          # each page's part between `<!-- study ... -->` and `<!-- end -->`
+    thrifty compare results/where --report --png     # the same as an interactive report, and plots as PNG
+
+In a page, `<!-- study where measure=exact_match baseline=lora methods=smt,lora -->` takes the study results/where.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from thrifty.study.config import load_study
+from thrifty.study.gather import read_results
+from thrifty.study.plan import done_and_planned
+from thrifty.study.records import read_records
+from thrifty.study.table import markdown
+
+HERE = Path(__file__).parent
+PAGES = HERE.parent / "docs" / "results"
+BLOCK = re.compile(r"(<!-- study (\S+)([^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def block(match: re.Match[str]) -> str:
+    """One study's conclusions and tables."""
+    folder = HERE / match[2]
+    options = dict(word.split("=") for word in match[3].split())
+    records = read_records(folder)
+    if not records:
+        return f"{match[1]}\nNo run of this study is over yet.\n\n{match[4]}"
+    study = load_study(folder / "study.yaml")
+    there = {record.run_info["method"] for record in records.values()}
+    measured = {name for record in records.values() for name in record.train_info.get("measures", {})}
+    results = read_results(
+        folder,
+        main=study.measure if study.measure in measured else None,
+        baseline=study.baseline if study.baseline in there else None,
+    )
+    if "methods" in options:
+        wanted = options["methods"].split(",")
+        entries = tuple(entry for entry in results.entries if entry.method in wanted)
+        results = dataclasses.replace(results, entries=entries, methods=tuple(wanted))
+    return f"{match[1]}\n{markdown(results, planned=done_and_planned(study, records))}\n{match[4]}"
+
+
+def main() -> None:
+    for page in sorted(PAGES.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        written = BLOCK.sub(block, text)
+        if written != text:
+            page.write_text(written, encoding="utf-8")
+            print(f"wrote {page.relative_to(HERE.parent)}")
+
+
+if __name__ == "__main__":
+    main()
