@@ -21,6 +21,7 @@ METHODS = [
     "diablo",
     "full",
     "gps",
+    "gradient_axes",
     "greentrainer",
     "hft",
     "lift",
