@@ -153,6 +153,14 @@ def test_muon_refuses_what_is_no_matrix() -> None:
     assert isinstance(tuning.optimizer(learning_rate=0.1), torch.optim.AdamW)
     cores = attached(build("llama", layers=1), r=2)
     assert isinstance(cores.optimizer(learning_rate=0.1), torch.optim.Muon)
+    cores.finish()
+    pytest.importorskip("peft")
+    peer = attach(cores.model, {"peft": {"r": 2}})
+    optimizer = peer.optimizer(learning_rate=0.1, weight_decay=0.2)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    (group,) = optimizer.param_groups
+    assert group["params"] == peer.parameters()
+    assert (group["lr"], group["weight_decay"]) == (0.1, 0.2)
 
 
 def test_the_plan_goes_through_files_and_a_delta_is_exact(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ __all__ = ["gradient_axes"]
     paper="thrifty's own; the form is LoRA-XS's, arXiv 2405.17604, and axes from the gradient are LoRA-SB's, "
     "arXiv 2411.19557",
     learning_rate=2e-2,
-    cost="16 bytes per trained number and 4 r (in + out) for the axes of each matrix; two narrow products each way",
+    cost="12 bytes per trained number and 4 r (in + out) for the axes of each matrix; two products of width r each way",
     needs_probe=True,
 )
 def gradient_axes(
@@ -31,12 +31,14 @@ def gradient_axes(
     """Train W + U R V^T: U and V hold the r main left and right singular vectors of the gradient, R alone is trained.
 
     The gradient is the mean over the probe's units before training; r is the largest whose r x r cores the budget buys
-    in all matrices. R starts at zero. A LoRA pair of as many numbers has a rank of r^2 / (in + out), so it moves a
-    matrix along a few directions by much; a core moves it along r directions by little. LoRA-XS takes U and V from W,
-    LoRA-SB from the first step's update, and starts R at that step.
+    in all matrices. R starts at zero. LoRA-XS takes U and V from W; LoRA-SB takes them from the first step's update,
+    and starts R there. A LoRA pair of as many numbers has a rank of r^2 / (in + out), and learns by moving a matrix
+    far along a few directions; a core moves it little along many. R moves by Muon: each step goes equally far along
+    all its directions, and `learning_rate` is the spectral norm of a step. A run that gives `optim` takes that
+    optimizer; to add tokens, give `optim: adamw_torch` and a rate for it, such as 3e-3.
 
-    `adam_beta2: 0.98` and a warm-up of a tenth of the steps suit it. When not to use it: where the delta must be small
-    (it stores r (in + out) numbers for each matrix, U and R V^T), or without labelled batches to probe.
+    When not to use it: where the delta must be small (it holds r (in + out) numbers for each matrix, U and R V^T), or
+    without labelled batches to probe.
     """
     select = GradientAxes(r=r, target_modules=target_modules, layers=layers)
     return Method(name="gradient_axes", parts=(Part(select=select, update=InPlace()),), steps=Muon())

@@ -108,6 +108,14 @@ class Method:
         """The form that `parse_method` and a run file take: `{name: {option: value}}`."""
         return {self.name: dict(self.options)}
 
+    def optimizer(
+        self, leaves: Mapping[str, nn.Parameter], *, learning_rate: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        """Of `leaves`, by parameter name: its own, or AdamW."""
+        if self.steps is not None:
+            return self.steps.optimizer(leaves, learning_rate=learning_rate, weight_decay=weight_decay)
+        return torch.optim.AdamW(leaves.values(), lr=learning_rate, weight_decay=weight_decay)
+
     @property
     def needs_probe(self) -> bool:
         return any(part.select is not None and part.select.statistics for part in self.parts)

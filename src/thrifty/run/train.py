@@ -219,7 +219,7 @@ def _own_optimizer(
     config: RunConfig, args: TrainingArguments, tuning: Tuning | PeerTuning
 ) -> torch.optim.Optimizer | None:
     """The method's, where it has one and the run does not name another by `optim`; None for what `args` say."""
-    if isinstance(tuning, PeerTuning) or tuning.method.steps is None or "optim" in config.training:
+    if tuning.method.steps is None or "optim" in config.training:
         return None
     return tuning.optimizer(learning_rate=args.learning_rate, weight_decay=args.weight_decay)
 

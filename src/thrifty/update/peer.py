@@ -161,6 +161,10 @@ class PeerTuning:
         """Name in the wrapper -> tensor."""
         return dict(self._leaves)
 
+    def optimizer(self, *, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        """AdamW over all leaves."""
+        return self.method.optimizer(self.named_leaves(), learning_rate=learning_rate, weight_decay=weight_decay)
+
     @property
     def trainable_parameters(self) -> int:
         """How many numbers are trained."""

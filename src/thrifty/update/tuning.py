@@ -73,9 +73,7 @@ class Tuning:
 
     def optimizer(self, *, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         """The optimizer that suits the method, over all leaves: its own, or AdamW."""
-        if self.method.steps is None:
-            return torch.optim.AdamW(self.parameters(), lr=learning_rate, weight_decay=weight_decay)
-        return self.method.steps.optimizer(self.named_leaves(), learning_rate=learning_rate, weight_decay=weight_decay)
+        return self.method.optimizer(self.named_leaves(), learning_rate=learning_rate, weight_decay=weight_decay)
 
     @property
     def trainable_parameters(self) -> int:
