@@ -216,6 +216,7 @@ def test_budgets(given: Any, label: str, word: str) -> None:
         ({"tasks": {"a b": {"train": "x"}}}, "tasks: 'a b' must be letters"),
         ({"tasks": {"a": {"eval": "x"}}}, "tasks.a.train is missing"),
         ({"tasks": {"a": {"train": "x", "measures": {"exact_match": 5}}}}, "tasks.a.eval is missing"),
+        ({"tasks": {"a": {"train": "x"}}}, "tasks.a.eval is missing"),
         ({"tasks": {"a": {"train": "x", "evl": "x"}}}, "unknown key 'tasks.a.evl'; did you mean 'tasks.a.eval'?"),
         ({"baseline": "lara"}, "unknown method of this study 'lara'; did you mean 'lora'?"),
         ({"run": {"seed": 3}}, "seed is set by the study (seeds)"),
@@ -261,6 +262,8 @@ def test_errors_name_file_and_line(tmp_path: Path) -> None:
     file.write_text("methods: {smt: smt}\ntasks:\n  a:\n    train: x\n    evl: y\n")
     with pytest.raises(ThriftyError, match=r"mine\.yaml:5: unknown key 'tasks\.a\.evl'"):
         load_study(file)
-    file.write_text("run: {model: smollm2-135m}\ntasks: {a: {train: x}}\nmethods:\n  mine: {smt: {scop: global}}\n")
+    file.write_text(
+        "run: {model: smollm2-135m}\ntasks: {a: {train: x, eval: y}}\nmethods:\n  mine: {smt: {scop: global}}\n"
+    )
     with pytest.raises(ThriftyError, match=r"mine\.yaml:4: method mine on task a: .*did you mean 'scope'"):
         check(load_study(file))

@@ -221,10 +221,9 @@ class _Reader:
         if annotation in (list[StudyBudget] | None, list[StudyBudget]):
             return None if value is None else self.budgets(key, value)
         if annotation in (Range | None, list[float] | Range):
-            if value is None or isinstance(value, list):
-                annotation = list[float]
-            else:
+            if value is not None and not isinstance(value, list):
                 return self.range(key, value)
+            annotation = list[float]
         if annotation is Sources or annotation == (Sources | None):
             return value
         try:
@@ -271,7 +270,7 @@ class _Reader:
         found = self.fields(key, value, Task)
         if not found.get("train"):
             raise self.fail(key, f"{key}.train is missing: the rows to train on")
-        if found.get("measures") is not None and not found.get("eval") and set(found["measures"]) - _WITHOUT_ROWS:
+        if not found.get("eval") and set(found.get("measures", ["loss"])) - {"forgetting", "harness"}:
             raise self.fail(key, f"{key}.eval is missing: the rows to judge by")
         found["run"] = self.run(f"{key}.run", found.get("run", {}))
         return Task(**found)
@@ -295,7 +294,6 @@ class _Reader:
         return Search(**found)
 
 
-_WITHOUT_ROWS = {"forgetting", "harness"}
 _EXAMPLE = {
     "tasks": "{mine: {train: train.jsonl, eval: valid.jsonl, measures: {loss: true, exact_match: 200}}}",
     "methods": "{smt: smt, lora: {peft: {peft_type: LORA, r: fit, lora_alpha: 2*fit}}}",
