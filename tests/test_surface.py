@@ -44,7 +44,7 @@ METHODS = [
 VERBS = {
     "demo": ["settings"],
     "init": ["--data", "--eval", "--model", "file"],
-    "train": ["settings"],
+    "train": ["--from", "settings"],
     "eval": ["--delta", "--harness", "--harness-path", "model", "settings"],
     "export": ["--base", "--dtype", "--output", "--private", "--to-hub", "source"],
     "chat": ["--delta", "--system", "model", "settings"],
@@ -85,7 +85,9 @@ KEYS = [
     "max_length",
     "packing",
     "resume_from_checkpoint",
+    "allow_changed_data",
     "early_stopping_patience",
+    "nonfinite",
     "report_to",
     "training",
 ]

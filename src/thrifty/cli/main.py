@@ -75,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--eval", default=None, metavar="DATA", help="held-out rows")
 
     train = verb("train", "Fine-tune a model", verbs.train)
-    _settings(train, f"a run file, and {_SETTINGS}", count="+")
+    _settings(train, f"a run file, and {_SETTINGS}")
+    train.add_argument(
+        "--from", dest="repeat", metavar="SUMMARY", help="repeat the run of this summary.json; give another output_dir"
+    )
 
     evaluate = verb("eval", "Measure a model, a model with a delta, or a finished run", verbs.evaluate)
     _model(evaluate)

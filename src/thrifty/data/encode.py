@@ -64,14 +64,21 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, max_length: 
 
 
 def encode_all(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    origins: list[str] | None = None,
 ) -> tuple[list[dict[str, list[int]]], DataReport]:
     """All rows in their order, as {"input_ids", "labels"}, and the report. Text files become windows of `max_length`.
+
+    `origins`: a list that gets each row's "file:line".
 
     Raises `ThriftyError` where no token of any row would be trained.
     """
     renderer = Renderer(tokenizer)
     rows: list[Encoded] = []
+    places = [] if origins is None else origins
     longest_prompt = 0
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
@@ -80,10 +87,12 @@ def encode_all(
         for example in chunk:
             if example.whole_file:
                 rows += [Encoded(ids, [IGNORED, *ids[1:]], truncated=False) for ids in files[id(example)]]
+                places += [f"{example.origin}: window {n}" for n in range(1, len(files[id(example)]) + 1)]
                 continue
             found = next(answers)
             longest_prompt = max(longest_prompt, found.spans[0][0] if found.spans else 0)
             rows.append(_labelled(found, max_length))
+            places.append(example.origin)
     trained = [sum(label != IGNORED for label in row.labels) for row in rows]
     report = DataReport(
         rows=len(rows),

@@ -55,8 +55,10 @@ eval:                    # each is optional; numbers are rows
 
 output_dir: out          # where everything of this run is written
 resume_from_checkpoint: null      # auto: the newest whole checkpoint in output_dir; or the folder of one
+allow_changed_data: false         # true: go on with a stopped run although its data have changed since
 early_stopping_patience: null     # stop after so many evaluations without improvement (needs eval_strategy)
 eval_strategy: 'no'      # when to measure the loss on data.eval during training: 'no', steps, epoch
+nonfinite: stop          # a loss or gradient that is not finite: stop, or skip such steps and count them
 report_to: none          # none, tensorboard or trackio
 # Every other field of transformers.TrainingArguments can be given here too, under its own name.
 """
