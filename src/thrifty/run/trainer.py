@@ -161,7 +161,8 @@ class ThriftyTrainer(Trainer):
         resumed = epoch["resume_from_checkpoint"]
         first = resumed is not None and epoch["epoch"] == epoch["epochs_trained"]
         if first and load_running(self, Checkpoint(Path(resumed))) and self._eval_loss is not None:
-            self.control.should_evaluate = self.control.should_save = True  # saved again, now that it is made
+            self._load_rng_state(resumed)  # for it is saved again, now that its evaluation is made
+            self.control.should_evaluate = self.control.should_save = True
             rest = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
             self._maybe_log_save_evaluate(self._tr_loss, None, *(epoch[name] for name in rest))
         if self.is_over:
