@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from test_resume import result
-from tiny_run import configuration, prepare, start
+from tiny_run import configuration, prepare
 from torch import Tensor
 
 from thrifty.cli.main import main
 from thrifty.core.errors import ThriftyError
 from thrifty.run.checkpoint import checkpoints
+from thrifty.run.config import load_config
 from thrifty.run.nonfinite import FiniteSteps
 from thrifty.run.train import train
 from thrifty.run.trainer import ThriftyTrainer
@@ -238,50 +239,52 @@ def test_a_run_is_repeated_from_its_summary(
     assert "is not the summary of a run" in capsys.readouterr().err
 
 
-def _unprivileged(file: str, out: str, errors: str) -> None:
-    """`thrifty train` as a user who may not write."""
-    if os.geteuid() == 0:
-        os.seteuid(65534)
-    sys.stderr = open(errors, "w")  # noqa: SIM115
-    code = main(["train", file, f"output_dir={out}"])
-    sys.stderr.close()
-    os._exit(code)
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        ("mkdir", PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        ("open", OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_said_before_the_model_is_loaded(
+    call: str, error: OSError, said: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path).startswith(str(tmp_path)):
+            raise error
+        return real(path, *args, **kwargs)
+
+    real = getattr(os, call)
+    monkeypatch.setattr(os, call, refuse)
+    monkeypatch.setattr("thrifty.run.train.load_tokenizer", None)
+    with pytest.raises(ThriftyError) as caught:
+        train(configuration(folder, output_dir=str(tmp_path / "out" if call == "mkdir" else tmp_path)))
+    out = tmp_path / "out" if call == "mkdir" else tmp_path
+    assert str(caught.value) == f"could not write {out}: {said}; give another output_dir"
 
 
-def _offline(file: str, errors: str, setting: str) -> None:
-    """`thrifty train` where nobody answers at the hub's address."""
-    import huggingface_hub.constants as constants
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("model=nobody/nothing", "give a folder, or fetch it where the hub can be reached: hf download nobody/nothing"),
+        ("data.train=nobody/rows", "give a file, or fetch it where the hub can be reached"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_one_line(
+    setting: str,
+    fix: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import huggingface_hub.constants
 
-    constants.HF_HUB_OFFLINE = False
-    constants.ENDPOINT = "http://127.0.0.1:9"
-    sys.stderr = open(errors, "w")  # noqa: SIM115
-    code = main(["train", file, setting])
-    sys.stderr.close()
-    os._exit(code)
-
-
-def test_a_folder_that_cannot_be_written_and_a_hub_that_does_not_answer(folder: Path, tmp_path: Path) -> None:
-    from thrifty.run.config import load_config
-
-    os.chmod(tmp_path, 0o755)
-    for parent in tmp_path.parents[:2]:
-        os.chmod(parent, 0o755)
-    open_to_all = tmp_path / "errors"
-    open_to_all.touch()
-    os.chmod(open_to_all, 0o666)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     (tmp_path / "run.yaml").write_text(load_config(configuration(folder)).to_yaml())
-    (tmp_path / "kept").mkdir(mode=0o555)
-    for out in (tmp_path / "kept", tmp_path / "kept" / "new"):
-        child = start(_unprivileged, str(tmp_path / "run.yaml"), str(out), str(open_to_all))
-        child.join()
-        assert child.exitcode == 2
-        (line,) = open_to_all.read_text().splitlines()
-        assert line == f"thrifty: could not write {out}: Permission denied; give another output_dir"
-    for setting, named in (("model=nobody/nothing", "'nobody/nothing'"), ("data.train=nobody/rows", "nobody/rows")):
-        child = start(_offline, str(tmp_path / "run.yaml"), str(tmp_path / "errors"), setting)
-        child.join()
-        assert child.exitcode == 2, setting
-        *_, line = (tmp_path / "errors").read_text().splitlines()
-        assert line.startswith("thrifty: ")
-        assert named in line
-        assert "give a folder" in line or "give a file" in line
+    assert main(["train", str(tmp_path / "run.yaml"), f"output_dir={tmp_path}/out", setting]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("thrifty: "))
+    assert setting.partition("=")[2] in line
+    assert line.endswith(fix)
+    assert not (tmp_path / "out").exists()

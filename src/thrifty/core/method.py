@@ -121,5 +121,8 @@ def parse_method(value: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | 
         for key in options:
             if key not in parameters:
                 raise ThriftyError(unknown(f"option of method {record.name!r}:", str(key), parameters))
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY and key not in options:
+            raise ThriftyError(f"method {record.name!r} needs the option {key!r}: see `thrifty methods {record.name}`")
     method = record.build(**options)
     return replace(method, name=record.name, options=options)

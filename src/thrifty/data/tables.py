@@ -23,7 +23,7 @@ def read_parquet(path: str) -> Iterator[tuple[dict[str, Any], str]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield _without_nulls_inside(row), f"{path}: row {number}"
-    except (arrow.ArrowInvalid, OSError) as error:
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ThriftyError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
 
 
