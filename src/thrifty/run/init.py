@@ -54,6 +54,7 @@ eval:                    # each is optional; numbers are rows
   max_new_tokens: null   # null: the longest reference and 16 more
 
 output_dir: out          # where everything of this run is written
+# save_steps: 100        # steps between checkpoints, of which the newest two are kept (save_total_limit)
 resume_from_checkpoint: null      # auto: the newest whole checkpoint in output_dir; or the folder of one
 allow_changed_data: false         # true: go on with a stopped run although its data have changed since
 early_stopping_patience: null     # stop after so many evaluations without improvement (needs eval_strategy)

@@ -26,6 +26,7 @@ class Stop:
         self.number: int | None = None
         self.saves = False
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -42,6 +43,11 @@ class Stop:
             signal.signal(number, before)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked child, such as a data loader's: Ctrl-C is for its parent to answer
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         self.number = number
