@@ -181,8 +181,7 @@ def remove_old(output_dir: Path, *, keep: int | None) -> None:
     if keep is None:
         size = sum(file.stat().st_size for file in found[-1].folder.iterdir())
         keep = 2 if size <= _SHARE_OF_FREE_SPACE * shutil.disk_usage(output_dir).free else 1
-    kept = {c.step for c in found[-keep:]}
-    kept |= {c.best_step() for c in found[-keep:]} - {None}
+    kept = {step for c in found[-keep:] for step in (c.step, c.best_step())}
     for checkpoint in _folders(output_dir):
         if checkpoint.step not in kept and checkpoint.step < found[-1].step:
             remove_folder(checkpoint.folder)
@@ -238,7 +237,7 @@ def _newest(output_dir: Path, *, needed: bool) -> Checkpoint | None:
         raise ThriftyError(
             f"resume_from_checkpoint: {str(output_dir)!r} holds no complete checkpoint; 'auto' starts anew then"
         )
-    said = []
+    said: list[str] = []
     for checkpoint in reversed(found):
         wrong = damage(checkpoint.folder, marker=MARKER)
         if wrong is None:

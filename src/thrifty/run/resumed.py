@@ -85,17 +85,17 @@ def refuse_changes(
     start_over = "set it back, or give another output_dir to start anew"
     counts = [(*batches[0], worked), (*batches[1], processes)]
     if math.prod(counts[0]) != math.prod(counts[1]):
-        was, now = (" * ".join(map(str, of)) for of in counts)
+        was, is_now = (" * ".join(map(str, of)) for of in counts)
         raise ThriftyError(
-            f"{' * '.join(_BATCH)} * processes was {was} in {checkpoint.folder} and is {now}: "
+            f"{' * '.join(_BATCH)} * processes was {was} in {checkpoint.folder} and is {is_now}: "
             f"the rows of a step would change; {start_over}"
         )
     for key in [*saved, *(key for key in current if key not in saved)]:
         before, now = (side.get(key, stock.get(key)) for side in (saved, current))
         if before != now and key.split(".")[0] not in _FREE:
             raise ThriftyError(f"{key} was {before!r} in {checkpoint.folder} and is now {now!r}; {start_over}")
-    for key, now in fingerprints.items():
-        if record["fingerprints"].get(key) == now:
+    for key, content in fingerprints.items():
+        if record["fingerprints"].get(key) == content:
             continue
         if not key.startswith("data."):
             raise ThriftyError(f"{key}: its content is not what {checkpoint.folder} was trained with; {start_over}")

@@ -198,9 +198,10 @@ class ThriftyTrainer(Trainer):
         start = time.perf_counter()
         with self.clock.paused():
             mean = self._eval_loss.mean(broken_off=self._may_break_off)
-        if mean is None:
+        if mean is None:  # broken off: the run is left here
             self.owes_evaluation = True
             self._save_checkpoint(self.model, None)
+            self.stop.leave()
         metrics = {f"{metric_key_prefix}_loss": mean, "seconds": time.perf_counter() - start}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
