@@ -86,17 +86,17 @@ def _limited(file: str, errors: str) -> None:
     """`thrifty train` where no file may grow beyond 30 kB once the first checkpoint is there."""
     import resource
 
-    import thrifty.run.trainer as trainer
+    import thrifty.run.saving as saving
     from thrifty.cli.main import main
 
-    real = trainer.write_checkpoint
+    real = saving.write_checkpoint
 
     def write(folder: Path, **parts: Any) -> None:
         if folder.name == "checkpoint-4":
             resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
         real(folder, **parts)
 
-    trainer.write_checkpoint = write  # type: ignore[assignment]
+    saving.write_checkpoint = write  # type: ignore[assignment]
     sys.stderr = open(errors, "w")  # noqa: SIM115
     code = main(["train", file])
     sys.stderr.close()

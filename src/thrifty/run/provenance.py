@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 import thrifty
 from thrifty.core.errors import ThriftyError
@@ -17,8 +20,12 @@ from thrifty.core.files import file_sha256
 from thrifty.data.readers import expand
 
 from .config import RunConfig
+from .summary import data_fingerprint, model_fingerprint
 
-__all__ = ["commit", "data_files", "heading", "machine"]
+if TYPE_CHECKING:
+    from .rows import Rows
+
+__all__ = ["commit", "data_files", "heading", "machine", "record_of"]
 
 
 def commit() -> str | None:
@@ -80,3 +87,22 @@ def heading(record: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     lines += [f"{key} sha256 {digest}" for key, digest in record["fingerprints"].items()]
     lines += [f"{path} sha256 {digest}" for files in record["files"].values() for path, digest in files.items()]
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
+
+
+def record_of(config: RunConfig, *, model: nn.Module, rows: Rows, processes: int) -> dict[str, Any]:
+    """What every checkpoint of a run notes of it: configuration, fingerprints, files, sources, machine."""
+    fingerprints = {"model": model_fingerprint(model), "data.train": data_fingerprint(rows.train)}
+    if rows.judged:
+        text = json.dumps(rows.judged, sort_keys=True, default=str)
+        fingerprints["data.train"] = hashlib.sha256(text.encode()).hexdigest()
+    if rows.eval is not None:
+        fingerprints["data.eval"] = data_fingerprint(rows.eval)
+    return {
+        "config": config.to_dict(),
+        "fingerprints": fingerprints,
+        "files": data_files(config),
+        "commit": commit(),
+        "machine": machine(),
+        "processes": processes,
+        "before": None,
+    }

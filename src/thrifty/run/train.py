@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -42,13 +40,13 @@ from .new_tokens import grow, save_tokenizer
 from .objectives import parse_objective, refuse_unsupported
 from .order import row_order
 from .probe_batches import check_text, probe_batches, probe_loss
-from .provenance import commit, data_files, machine
+from .provenance import record_of
 from .repeat import differences
 from .resumed import refuse_changes, warn_of_processes
 from .rows import Rows, check_fits, load_rows, order_of, origins_of, packed_rows
 from .shortage import memory_errors
 from .stop import Stop
-from .summary import data_fingerprint, delta_info, describe_data, make_summary, model_fingerprint, print_result
+from .summary import delta_info, describe_data, make_summary, print_result
 from .trainer import Row, ThriftyTrainer
 
 __all__ = ["Run", "run_training", "train"]
@@ -114,7 +112,7 @@ def _run(
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device)
     new_tokens = grow(model, ids, rows=rows.train, console=console)
     check_fits(config, model, rows)
-    record = _record(config, model, rows, processes=args.world_size)
+    record = record_of(config, model=model, rows=rows, processes=args.world_size)
     if repeats is not None:
         found = differences(repeats, config, record)
         text = "repeating a run: " + ("; ".join(found) if found else "versions, machine, model and data are the same")
@@ -171,24 +169,6 @@ def _first_row(config: EvalConfig) -> EvalConfig:
     return replace(
         config, loss=False, exact_match=min(1, config.exact_match), choice=min(1, config.choice), forgetting=None
     )
-
-
-def _record(config: RunConfig, model: nn.Module, rows: Rows, *, processes: int) -> dict[str, Any]:
-    fingerprints = {"model": model_fingerprint(model), "data.train": data_fingerprint(rows.train)}
-    if rows.judged:
-        text = json.dumps(rows.judged, sort_keys=True, default=str)
-        fingerprints["data.train"] = hashlib.sha256(text.encode()).hexdigest()
-    if rows.eval is not None:
-        fingerprints["data.eval"] = data_fingerprint(rows.eval)
-    return {
-        "config": config.to_dict(),
-        "fingerprints": fingerprints,
-        "files": data_files(config),
-        "commit": commit(),
-        "machine": machine(),
-        "processes": processes,
-        "before": None,
-    }
 
 
 def _train(
