@@ -199,9 +199,8 @@ def _parse(text: str, *, name: str, numbered: bool) -> tuple[Any, dict[Key, str]
                 return loader.construct_object(node)
         except (ValueError, KeyError):  # `!!int two`, or more digits than Python reads
             pass
-        raise ThriftyError(
-            f"{at(node.start_mark)}: {short(node.value)} is no {node.tag.rpartition(':')[2]} that is read here"
-        )
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        raise ThriftyError(f"{at(node.start_mark)}: {short(node.value)} is no {kind} that is read here")
 
     def build(node: yaml.Node, key: Key, around: tuple[int, ...]) -> Any:
         if id(node) in around:
