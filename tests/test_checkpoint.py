@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
+import logging
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +112,7 @@ def test_a_checkpoint_is_small_and_holds_no_pickle(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch, "save", refuse)
     monkeypatch.setattr(torch, "load", refuse)
     run = train(config)
-    (folder,) = (c.folder for c in checkpoints(tmp_path / "out"))
+    folder = checkpoints(tmp_path / "out")[-1].folder
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= {".json", ".jsonl", ".safetensors", ".yaml"}
     trained = run.summary["trainable_parameters"]
@@ -117,10 +120,13 @@ def test_a_checkpoint_is_small_and_holds_no_pickle(tmp_path: Path, monkeypatch: 
     train({**config, "max_steps": 6, "resume_from_checkpoint": "auto"})
 
 
-def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
-    def write(step: int) -> Path:
+def test_only_whole_checkpoints_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(step: int, best: int | None = None) -> Path:
         with new_folder(tmp_path / f"checkpoint-{step}", marker="complete.json") as partial:
             (partial / "values").write_text("12345")
+            (partial / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
         return tmp_path / f"checkpoint-{step}"
 
     folders = [write(step) for step in (2, 9, 10)]
@@ -129,18 +135,32 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     assert [c.step for c in checkpoints(tmp_path)] == [2, 9, 10]
     (folders[2] / "values").write_text("123")  # cut
     (folders[1] / "complete.json").unlink()  # never finished
-    newest = find_checkpoint("auto", output_dir=tmp_path)
+    with caplog.at_level(logging.WARNING, logger="thrifty"):
+        newest = find_checkpoint("auto", output_dir=tmp_path)
     assert newest is not None
     assert newest.step == 2
-    with pytest.raises(ThriftyError, match=r"no complete checkpoint \(complete ones there: .*checkpoint-2\)"):
+    (said,) = caplog.messages
+    for part in ("checkpoint-11 is damaged (complete.json is missing)", "values has 3 bytes, not 5", "going on with"):
+        assert part in said
+    with pytest.raises(ThriftyError, match=r"values has 3 bytes, not 5 \(complete ones there: .*checkpoint-2\)"):
         find_checkpoint(str(folders[2]), output_dir=tmp_path)
     assert find_checkpoint(None, output_dir=tmp_path) is None
     with pytest.raises(ThriftyError, match="holds no complete checkpoint"):
         find_checkpoint(True, output_dir=tmp_path / "none")
     for step in (12, 14, 16):
-        write(step)
-    remove_old(tmp_path, keep=1, best_step=12)
+        write(step, best=12)
+    remove_old(tmp_path, keep=1)
     assert [c.step for c in checkpoints(tmp_path)] == [12, 16]
+    for step in (18, 20):
+        write(step, best=18)
+    remove_old(tmp_path, keep=3)  # of which 16 would need 12 again
+    assert [c.step for c in checkpoints(tmp_path)] == [12, 16, 18, 20]
+    remove_old(tmp_path, keep=None)
+    assert [c.step for c in checkpoints(tmp_path)] == [18, 20]
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1000, 400, 600))
+    write(22)
+    remove_old(tmp_path, keep=None)
+    assert [c.step for c in checkpoints(tmp_path)] == [22]
 
 
 def test_a_folder_or_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,4 +217,5 @@ def _assert_clean(output: Path, message: str) -> None:
     assert "No space left on device" in message or "File too large" in message
     assert f"{last.name} is whole: free space and go on with resume_from_checkpoint=auto" in message
     assert "\n" not in message.strip()
-    assert {path.name for path in output.iterdir()} == {"run.yaml", "metrics.jsonl", last.name}
+    kept = {checkpoint.folder.name for checkpoint in checkpoints(output)}
+    assert {path.name for path in output.iterdir()} == {"run.yaml", "metrics.jsonl"} | kept

@@ -176,7 +176,7 @@ MISTAKES = {
     "run_name: @x": "run.yaml:3: not valid YAML",
     "lr_scheduler_kwargs: &a [*a]": "run.yaml:3: a YAML alias that contains itself",
     "? [a]\n: b": "run.yaml:3: a key must be one word",
-    "seed: !!python/object:os.system x": "run.yaml:3: not valid YAML: could not determine a constructor",
+    "seed: !!python/object:os.system x": "run.yaml:3: 'x' is no python/object:os.system that is read here",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from thrifty.run.checkpoint import checkpoints
 from thrifty.run.train import train
 from thrifty.run.trainer import ThriftyTrainer
 
-_TIMES = {"seconds", "tokens_per_second", "memory_bytes"}
+_TIMES = {"seconds", "train_seconds", "tokens_per_second", "memory_bytes"}
 
 
 def result(output: Path) -> dict[str, Any]:
@@ -169,12 +170,20 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_changed_content_is_refused(stopped_run: Path) -> None:
+def last_checkpoint(folder: Path) -> Path:
+    return checkpoints(folder / "out")[-1].folder
+
+
+def test_changed_content_is_refused(stopped_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = stopped_run / "train.jsonl"
     text = file.read_text()
     file.write_text(text.replace("+", "-", 1))
-    with pytest.raises(ThriftyError, match=r"data\.train: its content"):
+    with pytest.raises(ThriftyError, match=r"data\.train: .*train\.jsonl has changed: .*allow_changed_data=true"):
         train(configuration(stopped_run, resume_from_checkpoint="auto"))
+    with caplog.at_level(logging.WARNING, logger="thrifty"):
+        changed = {"allow_changed_data": True, "output_dir": str(tmp_path), "max_steps": 5, "save_strategy": "no"}
+        train(configuration(stopped_run, resume_from_checkpoint=str(last_checkpoint(stopped_run)), **changed))
+    assert [line for line in caplog.messages if "train.jsonl has other rows than" in line]
     file.write_text(text)
 
 

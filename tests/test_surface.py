@@ -45,7 +45,7 @@ METHODS = [
 VERBS = {
     "demo": ["settings"],
     "init": ["--data", "--eval", "--model", "file"],
-    "train": ["settings"],
+    "train": ["--from", "settings"],
     "validate": ["--step", "settings"],
     "eval": ["--delta", "--harness", "--harness-path", "model", "settings"],
     "export": ["--base", "--dtype", "--output", "--private", "--to-hub", "source"],
@@ -98,7 +98,9 @@ KEYS = [
     "max_length",
     "packing",
     "resume_from_checkpoint",
+    "allow_changed_data",
     "early_stopping_patience",
+    "nonfinite",
     "report_to",
     "training",
 ]

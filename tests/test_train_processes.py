@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_stop import signalled
 from tiny_run import configuration, prepare, start
 
 from thrifty.run.checkpoint import checkpoints
 from thrifty.run.metrics import read_metrics
 from thrifty.run.train import train
+from thrifty.run.trainer import ThriftyTrainer
 
 
 def _rank(rank: int, port: int, configs: list[dict[str, Any]]) -> None:
@@ -58,3 +61,24 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     expected, found = (checkpoints(tmp_path / name)[-1].values() for name in ("out", "two"))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
+
+
+def _told(rank: int, port: int, config: dict[str, Any]) -> None:
+    if rank == 1:
+        signalled(pytest.MonkeyPatch(), ThriftyTrainer, "training_step", call=3, number=signal.SIGTERM)
+    _rank(rank, port, [config])
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    changes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "eval_steps": 3}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [start(_told, rank, port, configuration(tmp_path, **changes)) for rank in range(2)]
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [143, 143]
+    (saved,) = checkpoints(tmp_path / "out")
+    assert saved.step == 3
+    assert len(saved.state("random")) == 2

@@ -77,7 +77,10 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--eval", default=None, metavar="DATA", help="held-out rows")
 
     train = verb("train", "Fine-tune a model", verbs.train)
-    _settings(train, f"a run file, and {_SETTINGS}", count="+")
+    _settings(train, f"a run file, and {_SETTINGS}")
+    train.add_argument(
+        "--from", dest="repeat", metavar="SUMMARY", help="repeat the run of this summary.json; give another output_dir"
+    )
 
     validate = verb("validate", "Check everything that a run needs, without training", verbs.validate)
     _settings(validate, f"a run file, and {_SETTINGS}", count="+")

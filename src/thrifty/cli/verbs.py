@@ -51,6 +51,16 @@ def train(arguments: argparse.Namespace) -> int:
     from thrifty.run.train import run_training
 
     file, settings = _split(arguments.settings)
+    if arguments.repeat is not None:
+        from thrifty.run.repeat import read_summary, repeated_config
+
+        if file is not None:
+            raise ThriftyError(f"--from {arguments.repeat} holds the whole configuration: leave out {file}")
+        summary = read_summary(arguments.repeat)
+        run_training(repeated_config(summary, settings), repeats=summary)
+        return 0
+    if not arguments.settings:
+        raise ThriftyError("name a run file, or give settings: thrifty train run.yaml; `thrifty init` writes one")
     run_training(load_config(file, settings))
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,8 +17,9 @@ from safetensors import SafetensorError
 from .errors import ThriftyError
 
 __all__ = [
+    "damage",
     "disk_errors",
-    "is_whole",
+    "file_sha256",
     "new_folder",
     "remove_folder",
     "remove_leftovers",
@@ -74,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(final: Path, *, marker: str | None = None) -> Iterator[Path]:
     """A temporary folder beside `final` that takes its name once everything in it is on disk; removed on any error.
 
-    With `marker`, a last file of that name lists the size of every other one, so that a reader can tell a whole folder.
+    With `marker`, a last file of that name lists the size and SHA-256 of every other one, which `damage` compares.
     """
     partial = final.with_name(f"{_PARTIAL}{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -86,7 +88,8 @@ def new_folder(final: Path, *, marker: str | None = None) -> Iterator[Path]:
             path.chmod(0o644)  # safetensors leaves its files to their owner alone
             sync(path)
         if marker is not None:
-            write_json(partial / marker, {str(path.relative_to(partial)): path.stat().st_size for path in files})
+            sums = {str(path.relative_to(partial)): [path.stat().st_size, file_sha256(path)] for path in files}
+            write_json(partial / marker, sums)
         sync(partial)
         if final.exists():
             remove_folder(final)
@@ -105,13 +108,34 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
 
 
-def is_whole(folder: Path, *, marker: str) -> bool:
-    """Whether `folder` was finished by `new_folder(..., marker=marker)` and no file was lost or cut since."""
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes. OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path, *, marker: str, sums: bool = True) -> str | None:
+    """What is wrong with a folder that `new_folder(..., marker=marker)` finished; None where every file is as written.
+
+    `sums`: read every file; without, only their sizes are looked at, which takes no time.
+    """
+    if not (folder / marker).is_file():
+        return f"{marker} is missing"
     try:
-        sizes = json.loads((folder / marker).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+        written = json.loads((folder / marker).read_text(encoding="utf-8"))
+        for name, (size, sha256) in written.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if sums and file_sha256(path) != sha256:
+                return f"{name} does not have the bytes that were written"
+    except OSError as error:
+        return f"{error.filename or marker} cannot be read: {error.strerror}"
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return f"{marker} is not what was written"
+    return None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -142,5 +142,16 @@ def parse_method(value: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | 
         for key in options:
             if key not in parameters:
                 raise ThriftyError(unknown(f"option of method {record.name!r}:", str(key), parameters))
-    method = record.build(**options)
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY and key not in options:
+            raise ThriftyError(f"method {record.name!r} needs the option {key!r}: see `thrifty methods {record.name}`")
+    try:
+        method = record.build(**options)
+    except ThriftyError:
+        raise
+    except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as error:
+        raise ThriftyError(
+            f"method {record.name!r}: an option has a value of the wrong kind ({error}); "
+            f"see `thrifty methods {record.name}`"
+        ) from error
     return replace(method, name=record.name, options=options)

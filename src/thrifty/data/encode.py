@@ -80,13 +80,22 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, max_length: 
 
 
 def encode_all(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    origins: list[str] | None = None,
 ) -> tuple[list[dict[str, list[int]]], DataReport]:
     """All rows in their order, as {"input_ids", "labels"}, and the report. Text files become windows of `max_length`.
 
+    `origins`: a list that gets each row's "file:line".
+
     Raises `ThriftyError` where no token of any row would be trained.
     """
-    rows = [row for _, row in encoded_rows(examples, tokenizer, max_length=max_length)]
+    pairs = list(encoded_rows(examples, tokenizer, max_length=max_length))
+    rows = [row for _, row in pairs]
+    if origins is not None:
+        origins += [example.origin for example, _ in pairs]
     report = report_of(rows)
     if text := nothing_trained(rows, max_length=max_length):
         raise ThriftyError(f"{f'{examples[0].origin}: ' if examples else ''}{text}")

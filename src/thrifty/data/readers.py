@@ -117,6 +117,8 @@ def _read_jsonl(path: str, text: str) -> Iterator[Row]:
             whole = line.strip() in ("{", "[") or line.strip() == "[{"
             fix = "the file is one JSON document: name it .json" if whole else "write one JSON object per line"
             raise ThriftyError(f"{path}:{number}: invalid JSON at column {error.colno} ({error.msg}); {fix}") from error
+        except (ValueError, RecursionError) as error:
+            raise ThriftyError(f"{path}:{number}: {_unreadable(error)}") from error
 
 
 def _read_json(path: str, text: str) -> Iterator[Row]:
@@ -128,6 +130,8 @@ def _read_json(path: str, text: str) -> Iterator[Row]:
             yield from _read_jsonl(path, text)
             return
         raise ThriftyError(f"{path}:{error.lineno}: invalid JSON at column {error.colno} ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise ThriftyError(f"{path}: {_unreadable(error)}") from error
     if isinstance(document, dict):
         lists = {key: value for key, value in document.items() if _is_rows(value)}
         if len(lists) == 1 and "messages" not in lists and "conversations" not in lists:
@@ -138,6 +142,11 @@ def _read_json(path: str, text: str) -> Iterator[Row]:
     if not isinstance(document, list):
         raise ThriftyError(f"{path}: holds a JSON {type(document).__name__}; a list of rows is needed")
     yield from (Row(row, f"{path}: row {number}") for number, row in enumerate(document, start=1))
+
+
+def _unreadable(error: Exception) -> str:
+    """Why Python reads no such JSON, valid as it may be."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "holds a number of thousands of digits"
 
 
 def _is_rows(value: Any) -> bool:

@@ -274,6 +274,8 @@ def _parsed(value: Any, *, name: str, origin: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ThriftyError(f"{origin}: field {name!r} is text that is not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise ThriftyError(f"{origin}: field {name!r} is JSON nested too deeply, or with too long a number") from error
 
 
 def _tools(fields: Mapping[str, Any], origin: str) -> list[dict[str, Any]] | None:

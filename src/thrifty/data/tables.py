@@ -23,7 +23,7 @@ def read_parquet(path: str) -> Iterator[tuple[dict[str, Any], str]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield _without_nulls_inside(row), f"{path}: row {number}"
-    except (arrow.ArrowInvalid, OSError) as error:
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ThriftyError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
 
 
@@ -42,7 +42,8 @@ def read_hub(path: str, *, split: str | None) -> Iterator[tuple[dict[str, Any], 
         close = None if folder else nearest(Path(path).name, known)
         near = f"; did you mean the file {Path(path).parent / close}?" if close else ""
         what = "this folder" if folder else "no such file, and as a hub id it"
-        raise ThriftyError(f"{path}: {what} cannot be loaded ({_first_line(error)}){near}") from error
+        fix = near or ("" if folder else "; give a file, or fetch it where the hub can be reached")
+        raise ThriftyError(f"{path}: {what} cannot be loaded ({_first_line(error)}){fix}") from error
     for number, row in enumerate(loaded, start=1):
         yield _without_nulls_inside(row), f"{path}[{split or 'train'}]: row {number}"
 

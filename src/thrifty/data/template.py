@@ -38,6 +38,20 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "\ue000\ue001\ue000"
 
 
+# A template is a program of its author's: what Jinja or Python raise while they read or run it.
+_RAISED = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
 @dataclass(frozen=True)
 class Span:
     """Where an answer stands in a text, in characters.
@@ -135,8 +149,8 @@ class Renderer:
                 add_generation_prompt=prompt,
                 tokenize=False,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+        except _RAISED as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ThriftyError(f"the chat template refuses the conversation: {reason}") from error
 
     def answers(

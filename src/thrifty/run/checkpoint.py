@@ -7,27 +7,27 @@ checkpoint-120/
     schedule.{json,safetensors}     of a method whose plan changes: its step, what it keeps, what it trained before
     scheduler.json, random.{json,safetensors}, trainer_state.json
     record.json                     the run: configuration, processes, fingerprints, clock, evaluation before training
-    complete.json                   written last: the size of every file above
+    complete.json                   written last: size and SHA-256 of every file above
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import math
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainingArguments
 
 from thrifty.core.errors import ThriftyError
-from thrifty.core.files import disk_errors, is_whole, new_folder, remove_folder
+from thrifty.core.files import damage, disk_errors, new_folder, remove_folder
 from thrifty.core.plan import Plan, plan_from_files, plan_to_files
 
 from .state import load_state, save_state
@@ -37,50 +37,16 @@ __all__ = [
     "checkpoints",
     "claim",
     "find_checkpoint",
-    "refuse_changes",
     "remove_later",
     "remove_old",
-    "warn_of_processes",
+    "whole_or_refuse",
     "write_checkpoint",
 ]
 
 MARKER = "complete.json"
+_SHARE_OF_FREE_SPACE = 0.1  # a second checkpoint that takes no more than this is kept unasked
 _log = logging.getLogger("thrifty")
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-# What a resumed run may set anew: it changes how long the run goes on and what is reported, not the steps themselves.
-_FREE = frozenset(
-    {
-        "output_dir",
-        "resume_from_checkpoint",
-        "overwrite_output_dir",
-        "max_steps",
-        "num_train_epochs",
-        "early_stopping_patience",
-        "load_best_model_at_end",
-        "report_to",
-        "run_name",
-        "project",
-        "logging_steps",
-        "logging_strategy",
-        "logging_first_step",
-        "eval_steps",
-        "eval_strategy",
-        "eval_delay",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-        "per_device_eval_batch_size",
-        "log_level",
-        "log_level_replica",
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "dataloader_persistent_workers",
-        "eval",
-    }
-)
-_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -97,22 +63,71 @@ class Checkpoint:
 
     def values(self) -> dict[str, Tensor]:
         """The float32 leaves by name."""
-        return {name: tensor.clone() for name, tensor in load_file(self.folder / "values.safetensors").items()}
+        with self.reading():
+            return {name: tensor.clone() for name, tensor in load_file(self.folder / "values.safetensors").items()}
 
     def plan(self) -> Plan:
         file = self.folder / "plan.safetensors"
-        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()} if file.exists() else {}
-        return plan_from_files(self._json("plan.json"), tensors)
+        with self.reading():
+            tensors = {name: tensor.clone() for name, tensor in load_file(file).items()} if file.exists() else {}
+            return plan_from_files(self._json("plan.json"), tensors)
 
     def record(self) -> dict[str, Any]:
-        return self._json("record.json")
+        """What the run noted of itself; at least the keys that every run notes. ThriftyError where they are missing."""
+        with self.reading():
+            record = self._json("record.json")
+            for key, kind in _RECORD.items():
+                if not isinstance(record[key], kind):
+                    raise TypeError(f"record.json: {key} is {record[key]!r}")
+            return record
+
+    def carried(self) -> dict[str, Any]:
+        """What a run that goes on takes over from the record."""
+        record = self.record()
+        carried = {key: record[key] for key in ("before", "probe_seconds", "peak_memory_bytes", "slots")}
+        return carried | {"skipped_steps": int(record.get("skipped_steps", 0))}
 
     def state(self, name: str) -> Any:
         """`optimizer`, `scheduler`, `random` or `schedule`."""
-        return load_state(self.folder / name)
+        with self.reading():
+            return load_state(self.folder / name)
+
+    def best_step(self) -> int | None:
+        """The step with the lowest evaluation loss so far, whose checkpoint a run may have to go back to."""
+        with self.reading():
+            best = self._json("trainer_state.json").get("best_global_step")
+            return None if best is None else int(best)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, what the folder's content makes fail is a ThriftyError that names the folder: its sums only say that
+        these are the bytes that were written, not who wrote them."""
+        try:
+            yield
+        except ThriftyError:
+            raise
+        except _MISREAD as error:
+            raise ThriftyError(
+                f"{self.folder} is no checkpoint that this version can read ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}): go on with the version that wrote it, or remove the folder"
+            ) from error
 
     def _json(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+
+# What a run notes in `record.json`, and as what.
+_RECORD = {
+    "config": dict,
+    "fingerprints": dict,
+    "running": dict,
+    "probe_seconds": float,
+    "train_seconds": float,
+    "peak_memory_bytes": int,
+    "slots": int,
+    "before": dict | None,
+}
+_MISREAD = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 
 
 def write_checkpoint(
@@ -143,23 +158,38 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """The complete checkpoints in `output_dir`, the oldest first; half-written ones are passed over."""
+def _folders(output_dir: Path) -> list[Checkpoint]:
+    """All that is named like a checkpoint, the oldest first."""
     found = [Checkpoint(folder) for folder in output_dir.glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
-    return sorted((c for c in found if is_whole(c.folder, marker=MARKER)), key=lambda c: c.step)
+    return sorted((c for c in found if c.folder.is_dir()), key=lambda c: c.step)
 
 
-def remove_old(output_dir: Path, *, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
+def checkpoints(output_dir: Path) -> list[Checkpoint]:
+    """The complete checkpoints in `output_dir`, the oldest first; of damaged ones those whose files kept their size."""
+    return [c for c in _folders(output_dir) if damage(c.folder, marker=MARKER, sums=False) is None]
+
+
+def remove_old(output_dir: Path, *, keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best ones that these may go back to.
+
+    None: the newest two, so that there is one before where the newest is damaged; one, where a checkpoint takes more
+    than a tenth of the free space.
+    """
     found = checkpoints(output_dir)
-    for checkpoint in found[: max(0, len(found) - keep)]:
-        if checkpoint.step != best_step:
+    if not found:
+        return
+    if keep is None:
+        size = sum(file.stat().st_size for file in found[-1].folder.iterdir())
+        keep = 2 if size <= _SHARE_OF_FREE_SPACE * shutil.disk_usage(output_dir).free else 1
+    kept = {step for c in found[-keep:] for step in (c.step, c.best_step())}
+    for checkpoint in _folders(output_dir):
+        if checkpoint.step not in kept and checkpoint.step < found[-1].step:
             remove_folder(checkpoint.folder)
 
 
 def remove_later(output_dir: Path, *, step: int) -> None:
-    """Remove the checkpoints after `step`: the run goes on from there, and they belong to what it leaves behind."""
-    for checkpoint in checkpoints(output_dir):
+    """Remove the checkpoints after `step`, damaged ones too: the run goes on from there."""
+    for checkpoint in _folders(output_dir):
         if checkpoint.step > step:
             remove_folder(checkpoint.folder)
 
@@ -181,70 +211,53 @@ def claim(output_dir: Path, *, resume: Checkpoint | None) -> None:
 
 
 def find_checkpoint(resume: str | bool | None, *, output_dir: Path) -> Checkpoint | None:
-    """What `resume_from_checkpoint` asks for: `auto` (the newest, or none), true (the newest), a folder, or nothing."""
+    """What `resume_from_checkpoint` asks for: `auto` (the newest, or none), true (the newest), a folder, or nothing.
+
+    Every byte of it is compared with its sums. Of the newest, a damaged one falls back to the one before, which is
+    said. ThriftyError where all are damaged, or the folder is.
+    """
     if resume is None or resume is False:
         return None
     if resume is True or resume == "auto":
-        found = checkpoints(output_dir)
-        if not found and resume is True:
-            raise ThriftyError(
-                f"resume_from_checkpoint: {str(output_dir)!r} holds no complete checkpoint; 'auto' starts anew then"
-            )
-        return found[-1] if found else None
+        return _newest(output_dir, needed=resume is True)
     folder = Path(resume)
-    if not _NAME.fullmatch(folder.name) or not is_whole(folder, marker=MARKER):
+    wrong = damage(folder, marker=MARKER) if _NAME.fullmatch(folder.name) else "it is not named checkpoint-<step>"
+    if wrong is not None:
         around = folder if any(folder.glob("checkpoint-*")) else folder.parent
-        names = ", ".join(str(c.folder) for c in checkpoints(around)) or "none"
+        names = ", ".join(str(c.folder) for c in checkpoints(around) if c.folder != folder) or "none"
         raise ThriftyError(
-            f"resume_from_checkpoint: {resume!r} is no complete checkpoint (complete ones there: {names})"
+            f"resume_from_checkpoint: {resume!r} is no complete checkpoint: {wrong} (complete ones there: {names})"
         )
     return Checkpoint(folder)
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
-
-
-def refuse_changes(
-    checkpoint: Checkpoint, *, config: Mapping[str, Any], fingerprints: Mapping[str, str], processes: int
-) -> None:
-    """ThriftyError naming the first key that changed since `checkpoint` and would make the resumed run another one.
-
-    `processes`: how many train now. Another number is one of these changes where the rows of a step change with it."""
-    record = checkpoint.record()
-    worked = record.get("processes", processes)
-    stock = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
-    saved, current = dict(_flat(record["config"])), dict(_flat(config))
-    batches = [[side.pop(key, stock[key]) for key in _BATCH] for side in (saved, current)]
-    start_over = "set it back, or give another output_dir to start anew"
-    counts = [(*batches[0], worked), (*batches[1], processes)]
-    if math.prod(counts[0]) != math.prod(counts[1]):
-        was, now = (" * ".join(map(str, of)) for of in counts)
+def _newest(output_dir: Path, *, needed: bool) -> Checkpoint | None:
+    found = _folders(output_dir)
+    if not found and needed:
         raise ThriftyError(
-            f"{' * '.join(_BATCH)} * processes was {was} in {checkpoint.folder} and is {now}: "
-            f"the rows of a step would change; {start_over}"
+            f"resume_from_checkpoint: {str(output_dir)!r} holds no complete checkpoint; 'auto' starts anew then"
         )
-    for key in [*saved, *(key for key in current if key not in saved)]:
-        before, now = (side.get(key, stock.get(key)) for side in (saved, current))
-        if before != now and key.split(".")[0] not in _FREE:
-            raise ThriftyError(f"{key} was {before!r} in {checkpoint.folder} and is now {now!r}; {start_over}")
-    for key, now in fingerprints.items():
-        if record["fingerprints"].get(key) != now:
-            raise ThriftyError(f"{key}: its content is not what {checkpoint.folder} was trained with; {start_over}")
+    said: list[str] = []
+    for checkpoint in reversed(found):
+        wrong = damage(checkpoint.folder, marker=MARKER)
+        if wrong is None:
+            if said:
+                _log.warning("%s; going on with the one before, %s", "; ".join(said), checkpoint.folder)
+            return checkpoint
+        said.append(f"{checkpoint.folder} is damaged ({wrong})")
+    if said:
+        raise ThriftyError(
+            f"resume_from_checkpoint: {'; '.join(said)}: none is left to go on with; put back a copy, or remove "
+            f"{'these folders' if len(said) > 1 else 'this folder'} to start anew"
+        )
+    return None
 
 
-def warn_of_processes(checkpoint: Checkpoint, *, processes: int) -> None:
-    """Say so where `checkpoint` was trained by another number of processes than go on from it."""
-    worked = checkpoint.record().get("processes", processes)
-    if worked != processes:
-        _log.warning(
-            "processes: %s was trained by %d and goes on with %d: each step has the same rows, but dropout and "
-            "rounding differ, so the result is not to the bit that of an uninterrupted run",
-            checkpoint.folder,
-            worked,
-            processes,
+def whole_or_refuse(checkpoint: Checkpoint, *, what: str) -> None:
+    """ThriftyError where `checkpoint`, which is `what`, is damaged."""
+    wrong = damage(checkpoint.folder, marker=MARKER)
+    if wrong is not None:
+        raise ThriftyError(
+            f"{checkpoint.folder}, {what}, is damaged ({wrong}): put back a copy, or take the last values as the "
+            "result with resume_from_checkpoint=auto load_best_model_at_end=false"
         )

@@ -60,7 +60,9 @@ class RunConfig:
     max_length: int = 1024  # tokens; longer rows are cut, and counted
     packing: bool = False  # rows joined to rows of up to max_length tokens, none of which sees another
     resume_from_checkpoint: str | None = None  # "auto" or a checkpoint's folder
+    allow_changed_data: bool = False  # go on with a stopped run although its data have changed
     early_stopping_patience: int | None = None  # evaluations without improvement
+    nonfinite: Literal["stop", "skip"] = "stop"  # what becomes of a step whose loss or gradient is not finite
     report_to: str | list[str] = "none"  # none, tensorboard or trackio
     training: dict[str, Any] = field(default_factory=dict)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,14 +24,22 @@ class EvalLoss:
         self._rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
         self._trainer = trainer
 
-    def mean(self, *, first_batch_only: bool = False) -> float:
-        """The mean, or only that of each process's first batch. ThriftyError where a batch does not fit into memory."""
+    def mean(self, *, first_batch_only: bool = False, broken_off: Callable[[], bool] = lambda: False) -> float | None:
+        """The mean, or only that of each process's first batch; None where `broken_off`, asked before each batch, said
+        so. ThriftyError where a batch does not fit into memory."""
         trainer, args = self._trainer, self._trainer.args
         batches = math.ceil(len(self._rows) / (args.per_device_eval_batch_size * args.world_size))
         training = trainer.model.training
         trainer.model.eval()
-        sums = torch.tensor([self._sum(n) for n in range(1 if first_batch_only else batches)], dtype=torch.float64)
+        found = []
+        for number in range(1 if first_batch_only else batches):
+            if broken_off():
+                break
+            found.append(self._sum(number))
         trainer.model.train(training)
+        if len(found) < (1 if first_batch_only else batches):
+            return None
+        sums = torch.tensor(found, dtype=torch.float64)
         total, count = trainer.accelerator.reduce(sums.sum(0).to(args.device), reduction="sum").tolist()
         return total / max(count, 1)
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from thrifty.core.errors import ThriftyError
 from thrifty.update.peer import PeerTuning
@@ -42,8 +43,15 @@ class Guards(TrainerCallback):
         follow(self.tuning, trainer=self.trainer)
         if not self.trainer.is_over:
             self.trainer.try_evaluation()
+        self.trainer.stop.saves = args.save_strategy != SaveStrategy.NO
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.finite.begin()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.finite.before_step()
+        if self.trainer.finite.skipping:
+            return
         if not self.checked_gradients:
             self.tuning.check_gradients()
             self.checked_gradients = True
@@ -52,13 +60,24 @@ class Guards(TrainerCallback):
             self.had_gradient = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        skipped = self.trainer.finite.skipping
+        self.trainer.finite.end()
         optimizer = kwargs["optimizer"]
         # In warm-up the rate is 0; a batch without labels has no gradient; fp16 skips its first steps.
-        if self.moved or optimizer.step_was_skipped or not any(group["lr"] > 0 for group in optimizer.param_groups):
+        if (
+            skipped
+            or self.moved
+            or optimizer.step_was_skipped
+            or not any(group["lr"] > 0 for group in optimizer.param_groups)
+        ):
             return
         if self.had_gradient:
             self.tuning.check_changed()
             self.moved = True
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.must_stop:
+            control.should_save = True
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.in_epoch = True
@@ -70,6 +89,7 @@ class Guards(TrainerCallback):
             control.should_save = True
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.stop.saves = False
         began = self.trainer._initial_global_step  # above 0: resumed, and what was trained before had moved
         if not self.moved and state.global_step > began == 0:
             raise ThriftyError(

@@ -84,12 +84,14 @@ _KEYS: tuple[tuple[tuple[str, Any, str], ...], ...] = (
             None,
             "auto: the newest whole checkpoint in output_dir; or the folder of one",
         ),
+        ("allow_changed_data", False, "true: go on with a stopped run although its data have changed since"),
         (
             "early_stopping_patience",
             None,
             "stop after so many evaluations without improvement (needs eval_strategy)",
         ),
         ("eval_strategy", "no", "when to measure the loss on data.eval during training: 'no', steps, epoch"),
+        ("nonfinite", "stop", "a loss or gradient that is not finite: stop, or skip such steps and count them"),
         ("report_to", "none", "none, tensorboard or trackio"),
     ),
 )

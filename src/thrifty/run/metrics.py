@@ -8,26 +8,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thrifty.core.errors import ThriftyError
 from thrifty.core.files import disk_errors, write_text
 
 __all__ = ["MetricsFile", "read_metrics"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a killed process cut is left out."""
+    """The lines of a `metrics.jsonl`; a last line that a killed process cut is left out. ThriftyError for a line that
+    is none of them."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            entries.append(json.loads(line))
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                entry = json.loads(line)
+                entry["step"] + 0
+                entries.append(entry)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ThriftyError(f"{path}:{len(entries) + 1}: no line of metrics ({error}): remove it") from None
     return entries
 
 
 class MetricsFile:
-    """Append-only; made for a run that goes on at `step`, it first forgets what was logged after that step."""
+    """Append-only; made for a run that goes on at `step`, it first forgets what was logged after that step, and with
+    `owes_evaluation` the evaluation of that step, which is made anew."""
 
-    def __init__(self, path: Path, *, step: int) -> None:
+    def __init__(self, path: Path, *, step: int, owes_evaluation: bool = False) -> None:
         self.path = path
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if path.exists() and step else []
+        with disk_errors(str(path), fix="free space"):
+            kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if path.exists() and step else []
+        if owes_evaluation:
+            kept = [entry for entry in kept if entry["step"] < step or "eval_loss" not in entry]
         with disk_errors(str(path), fix="free space"):
             write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 

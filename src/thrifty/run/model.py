@@ -232,7 +232,8 @@ def _not_loaded(kind: str, spec: str, source: str, error: Exception) -> ThriftyE
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     return ThriftyError(
         f"{kind} {spec!r}: no folder of that name{_hint(Path(spec))}, not {_embedded()}, "
-        f"and not to be had from the hub{' (HF_HUB_OFFLINE is set)' if offline else ''}: {reason}"
+        f"and not to be had from the hub{' (HF_HUB_OFFLINE is set)' if offline else ''}: {reason}; give a folder, or "
+        f"fetch it where the hub can be reached: hf download {spec}"
     )
 
 

@@ -6,12 +6,14 @@ rows. How it is split into micro-batches and processes changes no batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
-__all__ = ["RowOrder", "batch_order", "row_order"]
+__all__ = ["RowOrder", "batch_order", "row_order", "rows_of_step"]
 
 _POOL = 50  # global batches whose rows are sorted together, as in transformers' LengthGroupedSampler
 _POOLS = 4  # at least so many pools of a small data set: one alone would give the same batches in every epoch
@@ -89,6 +91,23 @@ class RowOrder(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.lengths) + self.fillers
+
+
+def rows_of_step(
+    order: RowOrder, *, args: TrainingArguments, step: int, parts: Sequence[tuple[int, int]] | None
+) -> list[int]:
+    """The row numbers of optimizer step `step` (from 0), which lies in the epoch that `order` is set to.
+
+    `parts`: only of these (micro-batch, process); None: all. Fillers are left out.
+    """
+    rows, size = list(order), args.per_device_train_batch_size
+    pieces, processes = args.gradient_accumulation_steps, args.world_size
+    batches = len(rows) / (size * processes)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    first = step % max(1, math.ceil(batches / pieces)) * order.batch
+    wanted = parts or [(piece, process) for piece in range(pieces) for process in range(processes)]
+    starts = [first + (piece * processes + process) * size for piece, process in wanted]
+    return [row for start in starts for row in rows[start : start + size] if row < len(order.lengths)]
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

@@ -33,8 +33,10 @@ from thrifty.update.tuning import Tuning
 from .guards import Guards, refuse_lost_loss
 from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
+from .nonfinite import FiniteSteps
 from .objectives import Objective
 from .rewards import reward_functions
+from .stop import Stop
 
 __all__ = ["Reference", "preference_trainer"]
 
@@ -76,7 +78,7 @@ class Reference(nn.Module):
 class _Reported:
     """What a run needs of TRL's trainers beside training: its metrics, guards and figures. Nothing is sent anywhere."""
 
-    in_epoch = save_at_epoch_end = is_over = False  # what `Guards` asks of a trainer with checkpoints
+    in_epoch = save_at_epoch_end = is_over = must_stop = False  # what `Guards` asks of a trainer with checkpoints
     padding = None
 
     def __init__(
@@ -88,8 +90,11 @@ class _Reported:
         meter: MemoryMeter,
         record: Mapping[str, Any],
         callbacks: Sequence[TrainerCallback],
+        stop: Stop,
+        skips: bool,
         **options: Any,
     ) -> None:
+        self.stop, self.finite = stop, FiniteSteps(self, skips=skips)
         self.tuning, self.metrics, self.clock, self.meter, self.record = tuning, metrics, clock, meter, record
         self.used_cache = getattr(tuning.model.config, "use_cache", None)
         models = {id(model): model for model in (tuning.model, unwrapped(tuning.model))}.values()
@@ -117,6 +122,19 @@ class _Reported:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.clock.run()
         return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self.finite.note(loss, [bool(loss.isfinite())])
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.finite.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.finite.norm
+
+    def rows_of_step(self, parts: Sequence[tuple[int, int]] | None) -> list[str]:
+        """Not known: TRL orders the rows."""
+        return []
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         try:

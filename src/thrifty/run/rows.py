@@ -43,6 +43,7 @@ __all__ = [
     "comparable",
     "load_rows",
     "order_of",
+    "origins_of",
     "packed_rows",
 ]
 
@@ -58,6 +59,7 @@ class Rows:
     general: Sequence[Row] | None  # what the probe takes instead, for methods that must not see the task
     judged: Sequence[Mapping[str, Any]] = ()  # what TRL's trainer reads, where it trains
     rejected: Sequence[Row] = ()
+    origins: Sequence[str] = ()  # of `train`: "file:line"
 
 
 def load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -68,8 +70,9 @@ def load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
     if judged:
         one_form(judged)
         check_answers(config, good, judged)
+    origins: list[str] = []
     if good:
-        train, report = encode_all(good, tokenizer, max_length=config.max_length)
+        train, report = encode_all(good, tokenizer, max_length=config.max_length, origins=origins)
     else:
         train, report = [], DataReport(len(found), 0, 0, 0, len(found))
     bad = [example.rejected for example in judged if example.rejected is not None]
@@ -83,6 +86,7 @@ def load_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
         general=general_rows(config, tokenizer),
         judged=[example.columns for example in judged],
         rejected=encode_all(bad, tokenizer, max_length=config.max_length)[0] if bad else (),
+        origins=origins,
     )
 
 
@@ -150,6 +154,12 @@ def packed_rows(config: RunConfig, rows: Rows, *, model: PreTrainedModel, seed: 
     text = f"packing: {len(rows.train):,} rows in {len(packed):,} of at most {capacity:,} tokens"
     console.print(text, highlight=False, soft_wrap=True)
     return packed
+
+
+def origins_of(rows: Rows, number: int) -> Sequence[str]:
+    """Where row `number` of those that are trained comes from; of a packed one, all that are in it."""
+    packs = rows.train.packs[number] if isinstance(rows.train, PackedRows) else [number]
+    return [rows.origins[row] for row in packs]
 
 
 def order_of(args: TrainingArguments, rows: Sequence[Row], *, seed: int) -> RowOrder:

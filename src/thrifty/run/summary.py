@@ -102,7 +102,9 @@ def make_summary(
     on an accelerator its maximum, the model included. `result_step`: the step whose values are in `delta/`
     (`best_step` with early stopping, else the last). `padding`: the share of the positions in the training batches that
     held no token; None where TRL trained. `packed_rows`: into how many rows those of the data were packed; None without
-    packing. `fingerprints`: SHA-256 of the model, and of the rows as tokens.
+    packing. `skipped_steps`: passed over, not finite (`nonfinite`).
+    `fingerprints`: SHA-256 of the model, and of the rows as tokens; `files`: of the files that these were read
+    from. `config`, `versions`, `commit` and `machine` are what it takes to make the run again.
     """
     state = trainer.state
     return {
@@ -110,6 +112,7 @@ def make_summary(
         "method_options": plain(tuning.method.options),
         "objective": plain(config.objective),
         "fingerprints": trainer.record["fingerprints"],
+        "files": trainer.record["files"],
         "model": config.model,
         "trainable_parameters": tuning.trainable_parameters,
         "trainable_share": tuning.trainable_share,
@@ -120,6 +123,7 @@ def make_summary(
         "peak_memory_bytes": trainer.peak_memory_bytes,
         "evaluation": {"before": trainer.record["before"] or {}, "after": dict(after)},
         "steps": state.global_step,
+        "skipped_steps": trainer.finite.skipped,
         "epochs": state.epoch,
         "tokens": state.num_input_tokens_seen,
         "padding": trainer.padding,
@@ -131,7 +135,10 @@ def make_summary(
         "device": str(trainer.args.device),
         "data": dataclasses.asdict(report),
         "versions": versions(),
+        "commit": trainer.record["commit"],
+        "machine": {**trainer.record["machine"], "processes": trainer.record["processes"]},
         "seed": config.seed,
+        "config": config.to_dict(),
     }
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import SaveStrategy
 
 from thrifty.core.errors import ThriftyError
-from thrifty.core.files import disk_errors, remove_leftovers, write_json, write_text
+from thrifty.core.files import disk_errors, write_json
 from thrifty.data import collate
 from thrifty.delta import Delta, NewTokens
 from thrifty.delta.vocabulary import extend
@@ -28,20 +28,26 @@ from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning, attach_with
 
 from .arguments import keeps_best, training_arguments, with_defaults
-from .checkpoint import Checkpoint, claim, find_checkpoint, refuse_changes, remove_later, warn_of_processes
+from .checkpoint import Checkpoint, claim, find_checkpoint
 from .config import EvalConfig, RunConfig, load_config
 from .display import Display
 from .embedded import no_progress_bars
 from .evaluate import evaluate
+from .folder_state import begin_folder, stopped
+from .lock import locked
 from .memory import Clock, MemoryMeter
-from .metrics import MetricsFile
 from .model import load_model, load_tokenizer
 from .new_tokens import grow, save_tokenizer
 from .objectives import parse_objective, refuse_unsupported
 from .order import row_order
 from .probe_batches import check_text, probe_batches, probe_loss
-from .rows import Rows, check_fits, load_rows, order_of, packed_rows
-from .summary import data_fingerprint, delta_info, describe_data, make_summary, model_fingerprint, print_result
+from .provenance import record_of
+from .repeat import differences
+from .resumed import refuse_changes, warn_of_processes
+from .rows import Rows, check_fits, load_rows, order_of, origins_of, packed_rows
+from .shortage import memory_errors
+from .stop import Stop
+from .summary import delta_info, describe_data, make_summary, print_result
 from .trainer import Row, ThriftyTrainer
 
 __all__ = ["Run", "run_training", "train", "train_rows"]
@@ -69,8 +75,12 @@ def train(source: str | os.PathLike[str] | Mapping[str, Any] | None = None, **ov
     return run_training(load_config(source, overrides))
 
 
-def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
-    """`train` for a configuration already read. Prints to `console` (standard output)."""
+def run_training(config: RunConfig, *, console: Console | None = None, repeats: Mapping[str, Any] | None = None) -> Run:
+    """`train` for a configuration already read. Prints to `console` (standard output).
+
+    `repeats`: the summary of the run that this is to be again; what differs from it is printed before training.
+    SIGTERM and SIGINT save a checkpoint and raise SystemExit(143) or KeyboardInterrupt, in the main thread.
+    """
     refuse_unsupported(config)
     config = with_defaults(config)
     args = training_arguments(config)
@@ -78,10 +88,23 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     console.quiet = console.quiet or not args.should_save
     output = Path(args.output_dir)
     check_text(config)
+    try:
+        with Stop() as stop, memory_errors(args), locked(output) if args.should_save else nullcontext():
+            return _run(config, args, console=console, stop=stop, repeats=repeats)
+    except (KeyboardInterrupt, SystemExit):
+        console.print(stopped(output, saves=args.save_strategy != SaveStrategy.NO), highlight=False, soft_wrap=True)
+        raise
+
+
+def _run(
+    config: RunConfig, args: TrainingArguments, *, console: Console, stop: Stop, repeats: Mapping[str, Any] | None
+) -> Run:
+    output = Path(args.output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir=output)
     claim(output, resume=checkpoint)
     if checkpoint is not None:
-        refuse_changes(checkpoint, config=config.to_dict(), fingerprints={}, processes=args.world_size)
+        with checkpoint.reading():
+            refuse_changes(checkpoint, config=config.to_dict(), processes=args.world_size)
 
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     ids = extend(tokenizer, config.add_tokens) if config.add_tokens else {}
@@ -90,12 +113,17 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device)
     new_tokens = grow(model, ids, rows=rows.train, console=console)
     check_fits(config, model, rows)
-    record = _record(config, model, rows) | {"processes": args.world_size}
+    record = record_of(config, model=model, rows=rows, processes=args.world_size)
+    if repeats is not None:
+        found = differences(repeats, config, record)
+        text = "repeating a run: " + ("; ".join(found) if found else "versions, machine, model and data are the same")
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     if checkpoint is not None:
-        fingerprints, processes = record["fingerprints"], record["processes"]
-        refuse_changes(checkpoint, config=config.to_dict(), fingerprints=fingerprints, processes=processes)
-        warn_of_processes(checkpoint, processes=processes)
-        record |= {key: checkpoint.record()[key] for key in ("before", "probe_seconds", "peak_memory_bytes", "slots")}
+        with checkpoint.reading():
+            now = {name: record[name] for name in ("fingerprints", "files", "processes")}
+            refuse_changes(checkpoint, config=config.to_dict(), **now)
+        warn_of_processes(checkpoint, processes=args.world_size)
+        record |= checkpoint.carried()
         console.print(f"resuming at step {checkpoint.step} from {checkpoint.folder}", highlight=False, soft_wrap=True)
     measure = partial(evaluate, tokenizer=tokenizer, examples=rows.examples, max_length=config.max_length)
     if checkpoint is None and config.eval.before:
@@ -113,6 +141,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
         record=record,
         checkpoint=checkpoint,
         console=console,
+        stop=stop,
     )
     with no_progress_bars():  # whole tensors are read from the base once more
         delta = tuning.delta()
@@ -143,16 +172,6 @@ def _first_row(config: EvalConfig) -> EvalConfig:
     )
 
 
-def _record(config: RunConfig, model: nn.Module, rows: Rows) -> dict[str, Any]:
-    fingerprints = {"model": model_fingerprint(model), "data.train": data_fingerprint(rows.train)}
-    if rows.judged:
-        text = json.dumps(rows.judged, sort_keys=True, default=str)
-        fingerprints["data.train"] = hashlib.sha256(text.encode()).hexdigest()
-    if rows.eval is not None:
-        fingerprints["data.eval"] = data_fingerprint(rows.eval)
-    return {"config": config.to_dict(), "fingerprints": fingerprints, "before": None}
-
-
 def train_rows(
     config: RunConfig,
     args: TrainingArguments,
@@ -164,6 +183,7 @@ def train_rows(
     record: dict[str, Any],
     checkpoint: Checkpoint | None,
     console: Console,
+    stop: Stop,
 ) -> tuple[Tuning | PeerTuning, ThriftyTrainer]:
     """Attach, train to the end, and leave the values that are the run's result."""
     collator = partial(collate, pad_token_id=tokenizer.pad_token_id)  # which `load_tokenizer` sees to
@@ -196,7 +216,8 @@ def train_rows(
             args=args,
             seed=seed,
             tuning=tuning,
-            metrics=_begin_folder(config, args, checkpoint=checkpoint),
+            metrics=begin_folder(config, args, checkpoint=checkpoint, record=record),
+            stop=stop,
             clock=Clock(tuning.probe_seconds if checkpoint is None else checkpoint.record()["train_seconds"]),
             meter=meter,
             record=record,
@@ -205,10 +226,6 @@ def train_rows(
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         trainer.note_result(best=keeps_best(config))
-    except KeyboardInterrupt:
-        display.close()
-        console.print(_stopped(Path(args.output_dir)), highlight=False, soft_wrap=True)
-        raise
     finally:
         display.close()
         meter.close()
@@ -249,37 +266,20 @@ def _trainer(
     if objective.uses_trl:
         from .preference import preference_trainer  # TRL is an extra
 
-        return preference_trainer(objective, args=args, rows=rows.judged, tokenizer=tokenizer, **shared)
+        return preference_trainer(
+            objective, args=args, rows=rows.judged, tokenizer=tokenizer, skips=config.nonfinite == "skip", **shared
+        )
     return ThriftyTrainer(
         args=args,
         rows=rows.train,
         eval_rows=rows.eval,
         collate=partial(collate, pad_token_id=tokenizer.pad_token_id),
         order=order_of(args, rows.train, seed=seed),
+        origins=partial(origins_of, rows),
+        skips=config.nonfinite == "skip",
         patience=config.early_stopping_patience,
         **shared,
     )
-
-
-def _stopped(output: Path) -> str:
-    last = find_checkpoint("auto", output_dir=output)
-    if last is None:
-        return "stopped before the first checkpoint: nothing was kept"
-    return f"stopped: {last.folder} is whole; resume_from_checkpoint=auto goes on from there"
-
-
-def _begin_folder(config: RunConfig, args: TrainingArguments, *, checkpoint: Checkpoint | None) -> MetricsFile | None:
-    """Make the folder ready for the steps after `checkpoint`; only the main process writes."""
-    output = Path(args.output_dir)
-    if args.should_save:
-        with disk_errors(str(output), fix="free space"):
-            remove_leftovers(output)
-            write_text(output / "run.yaml", config.to_yaml())
-            (output / "summary.json").unlink(missing_ok=True)  # of the shorter run that is now continued
-            if checkpoint is not None:
-                remove_later(output, step=checkpoint.step)
-            return MetricsFile(output / "metrics.jsonl", step=checkpoint.step if checkpoint else 0)
-    return None
 
 
 def _finish(tuning: Tuning | PeerTuning, trainer: ThriftyTrainer) -> nn.Module:

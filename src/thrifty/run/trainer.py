@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
@@ -22,14 +20,16 @@ from thrifty.objective.next_token import installed_plan
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning
 
-from .checkpoint import Checkpoint, remove_old, write_checkpoint
+from .checkpoint import Checkpoint, whole_or_refuse
 from .eval_loss import EvalLoss
 from .guards import Guards, refuse_lost_loss
 from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
-from .order import RowOrder
-from .schedule import restore, schedule_state
-from .state import load_optimizer_state, load_scheduler_state, optimizer_state, random_state, set_random_state
+from .nonfinite import FiniteSteps
+from .order import RowOrder, rows_of_step
+from .saving import load_optimizer_and_scheduler, load_random, load_running, save_checkpoint
+from .schedule import restore
+from .stop import Stop
 
 __all__ = ["Row", "ThriftyTrainer"]
 
@@ -39,8 +39,8 @@ Row = dict[str, list[int]]  # input_ids and labels; position_ids where several r
 class ThriftyTrainer(Trainer):
     """Trains what `tuning` attached. The loss is the model's own, installed by `objective.next_token.install`.
 
-    `record` goes into every checkpoint beside the clock and the evaluations; `patience` is how many evaluations without
-    a lower loss end the run.
+    `record` goes into every checkpoint beside the clock and the evaluations; `patience`: how many evaluations without
+    a lower loss end the run; `origins`: where row n comes from; `skips`: pass over steps that are not finite.
     """
 
     control: TrainerControl
@@ -58,6 +58,9 @@ class ThriftyTrainer(Trainer):
         meter: MemoryMeter,
         record: Mapping[str, Any],
         order: RowOrder,
+        stop: Stop,
+        origins: Callable[[int], Sequence[str]] = lambda row: [],
+        skips: bool = False,
         patience: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizers: tuple[torch.optim.Optimizer | None, None] = (None, None),
@@ -88,6 +91,11 @@ class ThriftyTrainer(Trainer):
         self.save_at_epoch_end = False
         self.in_epoch = False
         self.slots_seen = record.get("slots", 0)
+        self.owes_evaluation = False  # of this step, which was broken off
+        self.origins = origins
+        self.finite = FiniteSteps(self, skips=skips, skipped=record.get("skipped_steps", 0))
+        self.stop = stop
+        self._told_to_stop = False  # any process, as all know since the last micro-batch
         self._eval_loss = None if eval_rows is None else EvalLoss(eval_rows, trainer=self)
 
     # Rows and steps
@@ -102,12 +110,36 @@ class ThriftyTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "tokens"})
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._loss: Tensor = super().training_step(*args, **kwargs)
+        return self._loss
+
     def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
-        tokens = inputs["tokens" if "tokens" in inputs else "attention_mask"].sum()
-        counts = torch.stack([tokens, torch.full_like(tokens, inputs["input_ids"].numel())]).to(self.args.device)
-        seen, slots = self.accelerator.gather(counts).reshape(-1, 2).sum(0).tolist()
-        self.state.num_input_tokens_seen += seen
-        self.slots_seen += slots
+        """Count a micro-batch's tokens; in the same exchange all processes learn of each other's losses and signals."""
+        tokens = inputs["tokens" if "tokens" in inputs else "attention_mask"].sum().to(self.args.device)
+        slots, stopped = inputs["input_ids"].numel(), self.stop.number is not None
+        counts = torch.stack(
+            [tokens, *tokens.new_tensor([slots, stopped]), torch.isfinite(self._loss).to(tokens.dtype)]
+        )
+        each = self.accelerator.gather(counts).reshape(-1, 4).tolist()
+        self.state.num_input_tokens_seen += sum(count[0] for count in each)
+        self.slots_seen += sum(count[1] for count in each)
+        self._told_to_stop = any(count[2] for count in each)
+        self.finite.note(self._loss, [bool(count[3]) for count in each])
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.finite.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.finite.norm
+
+    def rows_of_step(self, parts: Sequence[tuple[int, int]] | None) -> list[str]:
+        """Where the rows of the step under way come from; `parts`: of these (micro-batch, process) only."""
+        numbers = rows_of_step(self.order, args=self.args, step=self.state.global_step, parts=parts)
+        return list(dict.fromkeys(origin for row in numbers for origin in self.origins(row)))
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether a signal asks to save and leave; the same in all processes."""
+        return self._told_to_stop if self.args.world_size > 1 else self.stop.number is not None
 
     @property
     def padding(self) -> float:
@@ -115,7 +147,9 @@ class ThriftyTrainer(Trainer):
         return 1.0 - self.state.num_input_tokens_seen / max(self.slots_seen, 1)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        began = super()._init_training_state(max_steps, *args, **kwargs)
+        resumed = next((value for value in args if isinstance(value, str)), None)
+        with Checkpoint(Path(resumed)).reading() if resumed is not None else nullcontext():
+            began = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)  # the intervals of this configuration, not the checkpoint's
         return began
 
@@ -127,10 +161,12 @@ class ThriftyTrainer(Trainer):
 
     def _run_epoch(self, **epoch: Any) -> None:
         resumed = epoch["resume_from_checkpoint"]
-        if resumed is not None and epoch["epoch"] == epoch["epochs_trained"]:
-            running = Checkpoint(Path(resumed)).record()["running"]
-            self._tr_loss += running["loss"]
-            self._globalstep_last_logged = running["last_logged"]
+        first = resumed is not None and epoch["epoch"] == epoch["epochs_trained"]
+        if first and load_running(self, Checkpoint(Path(resumed))) and self._eval_loss is not None:
+            self._load_rng_state(resumed)  # for it is saved again, now that its evaluation is made
+            self.control.should_evaluate = self.control.should_save = True
+            rest = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
+            self._maybe_log_save_evaluate(self._tr_loss, None, *(epoch[name] for name in rest))
         if self.is_over:
             self.control.should_training_stop = True  # the stock loop would take one step more
             return
@@ -138,6 +174,10 @@ class ThriftyTrainer(Trainer):
         self.clock.run()
         super()._run_epoch(**epoch)
         self.clock.pause()
+
+    @property
+    def _at_end_of_epoch(self) -> bool:
+        return self.in_epoch and float(self.state.epoch or 0).is_integer()
 
     @property
     def is_over(self) -> bool:
@@ -159,10 +199,19 @@ class ThriftyTrainer(Trainer):
         assert eval_dataset is None
         start = time.perf_counter()
         with self.clock.paused():
-            metrics = {f"{metric_key_prefix}_loss": self._eval_loss.mean(), "seconds": time.perf_counter() - start}
+            mean = self._eval_loss.mean(broken_off=self._may_break_off)
+        if mean is None:  # broken off: the run is left here
+            self.owes_evaluation = True
+            self._save_checkpoint(self.model, None)
+            self.stop.leave()
+        metrics = {f"{metric_key_prefix}_loss": mean, "seconds": time.perf_counter() - start}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _may_break_off(self) -> bool:
+        """Whether an evaluation may end early: the only process was told to stop, and can save as things are."""
+        return self.args.world_size == 1 and self.must_stop and not self._at_end_of_epoch
 
     def _determine_best_metric(self, metrics: Mapping[str, float], trial: Any) -> bool:
         best = self.state.best_metric if self.state.best_metric is not None else math.inf
@@ -195,6 +244,9 @@ class ThriftyTrainer(Trainer):
             logs["padding"] = self.padding
             logs["tokens_per_second"] = self.tokens_per_second
             logs["memory_bytes"] = self.meter.now()
+            if self.finite.skipped:
+                logs["skipped_steps"] = self.finite.skipped
+                logs = {name: value for name, value in logs.items() if math.isfinite(value)}  # the norm of a lost step
         logs["train_seconds"] = self.clock.seconds
         logs["epoch"] = round(self.state.epoch or 0.0, 6)
         entry = {"step": self.state.global_step, **logs}
@@ -212,56 +264,23 @@ class ThriftyTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.in_epoch and float(self.state.epoch or 0).is_integer():
+        if self._at_end_of_epoch:
             # A run resumed here starts with the next epoch: what the epoch's end logs and evaluates comes first.
             self.save_at_epoch_end = True
             return
         with self.clock.paused():
-            states = {
-                "optimizer": optimizer_state(self.optimizer, self.tuning.named_leaves()),
-                "scheduler": self.lr_scheduler.state_dict(),
-                "random": gather_object([random_state()]),
-                **schedule_state(self.tuning),
-            }
-            if self.accelerator.scaler is not None:
-                states["scaler"] = self.accelerator.scaler.state_dict()
-            values = self.tuning.state()
-            if self.metrics is not None:
-                self.metrics.sync()
-                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-                write_checkpoint(
-                    folder,
-                    values=values,
-                    plan=self.tuning.plan,
-                    states=states,
-                    trainer_state=self._state_json(),
-                    record={**self.record, **self.measured()},
-                )
-                keep = self.args.save_total_limit or 1
-                remove_old(folder.parent, keep=keep, best_step=self.state.best_global_step)
-            self.accelerator.wait_for_everyone()
-
-    def measured(self) -> dict[str, Any]:
-        """What a resumed run carries on: seconds, peak memory, padded positions and the loss not logged yet."""
-        return {
-            "slots": self.slots_seen,
-            "train_seconds": self.clock.seconds,
-            "peak_memory_bytes": max(self.meter.peak(), self.record.get("peak_memory_bytes", 0)),
-            "running": {"loss": float(self._tr_loss), "last_logged": self._globalstep_last_logged},
-        }
-
-    def _state_json(self) -> str:
-        state = dataclasses.asdict(self.state)
-        # metrics.jsonl keeps the rest; the intervals come from the configuration that resumes.
-        state["log_history"] = [entry for entry in self.state.log_history if "eval_loss" in entry]
-        return json.dumps(state | {"logging_steps": None, "eval_steps": None, "save_steps": None})
+            save_checkpoint(self)
+        self.owes_evaluation = False
+        if self.must_stop:
+            self.stop.leave()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             self.tuning.delta().save(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(self.tuning, Checkpoint(Path(resume_from_checkpoint)))
+        with (saved := Checkpoint(Path(resume_from_checkpoint))).reading():
+            restore(self.tuning, saved)
 
     def note_result(self, *, best: bool) -> None:
         """After training: put back the best values if they are the result, and note which step's values are left."""
@@ -270,7 +289,9 @@ class ThriftyTrainer(Trainer):
         self.result_step = self.state.global_step
         if best and self.state.best_global_step not in (None, self.state.global_step):
             self.result_step = self.state.best_global_step
-            self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{self.result_step}"))
+            checkpoint = Checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.result_step}")
+            whole_or_refuse(checkpoint, what="whose values are the best")
+            self._load_from_checkpoint(str(checkpoint.folder))
 
     def unwrap(self) -> None:
         """Take accelerate's autocast off the model's forward."""
@@ -281,15 +302,11 @@ class ThriftyTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            saved = Checkpoint(Path(checkpoint))
-            load_optimizer_state(self.optimizer, saved.state("optimizer"), self.tuning.named_leaves())
-            load_scheduler_state(self.lr_scheduler, saved.state("scheduler"))
+            load_optimizer_and_scheduler(self, Checkpoint(Path(checkpoint)))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(Checkpoint(Path(checkpoint)).state("scaler"))
+        """Loaded with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            states = Checkpoint(Path(checkpoint)).state("random")
-            set_random_state(states[self.args.process_index % len(states)])
+            load_random(self, Checkpoint(Path(checkpoint)))

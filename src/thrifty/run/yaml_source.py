@@ -19,7 +19,10 @@ __all__ = ["Document", "Key", "apply_overrides", "dump_yaml", "flow_yaml", "plai
 
 Key = tuple[str | int, ...]
 
-_NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float"))
+_LARGEST = 2**20  # bytes of a file
+_MOST = 20_000  # values in it, those that an alias repeats counted each time
+_DEEPEST = 40
+_NULL, _BOOL, _INT, _FLOAT, _STR = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str"))
 # YAML 1.2's scalars, which read as people expect: 1e-3 is a number, `no`, `on` and 12:30 are text. 1_000 is allowed.
 _SCALARS = (
     (_NULL, re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
@@ -63,7 +66,7 @@ class Document:
 
     def place(self, dotted: str) -> str:
         """Where the key, or the nearest mapping around it, was written."""
-        key: Key = tuple(int(word) if word.isdigit() else word for word in dotted.split("."))
+        key: Key = tuple(int(word) if _is_index(word) else word for word in dotted.split("."))
         for end in range(len(key), 0, -1):
             if key[:end] in self.places:
                 return self.places[key[:end]]
@@ -100,10 +103,14 @@ class Document:
 def _step(target: Any, key: Key, word: str, *, place: str) -> Any:
     if not isinstance(target, list):
         return word
-    if not word.isdigit() or int(word) >= len(target):
+    if not _is_index(word) or int(word) >= len(target):
         held = f"{len(target)} entries" if len(target) != 1 else "one entry"
         raise ThriftyError(f"{place}: {_dotted(key)} is a list of {held}: no {_dotted((*key, word))} (the first is 0)")
     return int(word)
+
+
+def _is_index(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) < 9
 
 
 def _dotted(key: Key) -> str:
@@ -118,6 +125,8 @@ def read_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> 
         return Document(values=plain(source))
     path = Path(source)
     try:
+        if path.stat().st_size > _LARGEST:
+            raise ThriftyError(f"{path}: has {path.stat().st_size:,} bytes, more than a run file can: is it data?")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ThriftyError(f"{path}: no such file; `thrifty init` writes a run file to start from") from None
@@ -127,6 +136,8 @@ def read_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> 
         raise ThriftyError(f"{path}: is a folder, not a run file{hint}") from None
     except UnicodeDecodeError as error:
         raise ThriftyError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise ThriftyError(f"{path}: cannot be read: {error.strerror}") from None
     values, places = _parse(text, name=str(path), numbered=True)
     if values is None:
         raise ThriftyError(f"{path}: the file is empty; `thrifty init` writes a run file to start from")
@@ -181,22 +192,35 @@ def flow_yaml(value: Any) -> str:
 
 
 def _parse(text: str, *, name: str, numbered: bool) -> tuple[Any, dict[Key, str]]:
-    loader = _Loader(text)
     places: dict[Key, str] = {}
+    loader: _Loader | None = None
 
     def at(mark: yaml.Mark) -> str:
         return f"{name}:{mark.line + 1}" if numbered else name
+
+    def scalar(node: yaml.Node) -> Any:
+        assert loader is not None
+        try:
+            if node.tag in (_NULL, _BOOL, _INT, _FLOAT, _STR):
+                return loader.construct_object(node)
+        except (ValueError, KeyError):  # `!!int two`, or more digits than Python reads
+            pass
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        raise ThriftyError(f"{at(node.start_mark)}: {short(node.value)} is no {kind} that is read here")
 
     def build(node: yaml.Node, key: Key, around: tuple[int, ...]) -> Any:
         if id(node) in around:
             raise ThriftyError(f"{at(node.start_mark)}: a YAML alias that contains itself")
         around = (*around, id(node))
+        if len(around) > _DEEPEST or len(places) > _MOST:
+            what = f"nested more than {_DEEPEST} deep" if len(around) > _DEEPEST else f"more than {_MOST:,} values"
+            raise ThriftyError(f"{at(node.start_mark)}: {what}, which no run needs")
         if isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 places[(*key, index)] = at(item.start_mark)
             return [build(item, (*key, index), around) for index, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
-            return loader.construct_object(node)
+            return scalar(node)
         built: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -210,6 +234,7 @@ def _parse(text: str, *, name: str, numbered: bool) -> tuple[Any, dict[Key, str]
         return built
 
     try:
+        loader = _Loader(text)  # looks at the characters already
         node = loader.get_single_node()
         return (None, {}) if node is None else (build(node, (), ()), places)
     except yaml.MarkedYAMLError as error:
@@ -218,8 +243,11 @@ def _parse(text: str, *, name: str, numbered: bool) -> tuple[Any, dict[Key, str]
         raise ThriftyError(f"{where}: not valid YAML: {error.problem or error.context}{_hint(text, mark)}") from None
     except yaml.YAMLError as error:
         raise ThriftyError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ThriftyError(f"{name}: nested too deeply to be read") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _hint(text: str, mark: yaml.Mark | None) -> str:

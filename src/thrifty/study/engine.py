@@ -93,7 +93,7 @@ def _refuse_changes(study: Study, folder: Path) -> None:
     records = read_records(folder)
     for spec in specs(study, records):
         record = records.get(spec.name)
-        if record is not None and record.run_info["spec_sha256"] != spec.digest():
+        if record is not None and record.run_info.get("spec_sha256") != spec.digest():
             raise ThriftyError(
                 f"{folder / RUNS / spec.name}.json was made with other settings than the study has now: delete it to "
                 "make the run again, or give the study another output_dir"

@@ -15,6 +15,7 @@ from thrifty.core.files import write_json
 __all__ = ["RUNS", "Record", "read_records", "write_record"]
 
 RUNS = "runs"
+_LARGEST = 2**28  # bytes of one record; most of it are the rows' measures
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ def read_records(folder: Path) -> dict[str, Record]:
     found = {}
     for path in sorted((folder / RUNS).glob("[!.]*.json")):
         try:
+            if path.stat().st_size > _LARGEST:
+                raise ValueError("it is too large")
             value = json.loads(path.read_text(encoding="utf-8"))
-            record = Record(path.stem, value["run_info"], value["train_info"], value["meta_info"])
+            record = Record(path.stem, *(dict(value[key]) for key in ("run_info", "train_info", "meta_info")))
             record.run_info["stage"], record.train_info["status"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ThriftyError(f"{path} is not the record of a run ({error!r}): move it away") from None
         found[path.stem] = record
     return found

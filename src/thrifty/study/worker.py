@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-import thrifty
 from thrifty.core.budget import distinct_parameters
 from thrifty.core.errors import ThriftyError
 from thrifty.core.files import write_json
@@ -28,6 +26,7 @@ from thrifty.run.config import RunConfig
 from thrifty.run.evaluate import examples_of
 from thrifty.run.metrics import read_metrics
 from thrifty.run.model import load_model, load_tokenizer
+from thrifty.run.provenance import commit
 from thrifty.run.summary import versions
 from thrifty.run.train import Run, run_training
 from thrifty.run.yaml_source import plain
@@ -56,7 +55,7 @@ def run_info(spec: Spec) -> dict[str, Any]:
         "seed": spec.seed,
         "trial": spec.trial,
         "proposed_budget": spec.proposed_budget,
-        "commit": _commit(),
+        "commit": commit(),
         "spec_sha256": spec.digest(),
     }
 
@@ -181,15 +180,6 @@ def _meta_info(fingerprints: Mapping[str, str]) -> dict[str, Any]:
         "system_info": {**system, "accelerator": cuda, "cpus": os.cpu_count()},
         "pytorch_info": torch.__config__.show(),
     }
-
-
-def _commit() -> str | None:
-    """Of thrifty's own sources, where it runs from a checkout."""
-    git = ["git", "-C", str(Path(thrifty.__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:
-        return None
 
 
 if __name__ == "__main__":

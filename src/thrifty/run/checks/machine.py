@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from thrifty.core.budget import distinct_parameters
 
 from ..arguments import keeps_best
-from ..checkpoint import claim, find_checkpoint, refuse_changes
+from ..checkpoint import claim, find_checkpoint
 from ..config import RunConfig
 from ..display import human_bytes
 from ..objectives import parse_objective
+from ..resumed import refuse_changes
 from .report import Report
 
 __all__ = ["check_disk", "check_memory", "check_output"]
@@ -79,7 +80,7 @@ def check_output(report: Report, config: RunConfig) -> None:
             return
         report.say(f"goes on from {checkpoint.folder}")
         processes = checkpoint.record().get("processes", 1)
-        refuse_changes(checkpoint, config=config.to_dict(), fingerprints={}, processes=processes)
+        refuse_changes(checkpoint, config=config.to_dict(), processes=processes)
 
 
 def _existing(path: Path) -> Path:

@@ -19,7 +19,9 @@ from ..model import load_model
 from ..new_tokens import grow
 from ..objectives import parse_objective
 from ..probe_batches import general_rows
+from ..provenance import record_of
 from ..rows import Rows
+from ..stop import Stop
 from ..train import train_rows
 from ..trainer import Row
 from .report import Report
@@ -48,17 +50,19 @@ def try_step(
             config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device
         )
         try:
-            tuning, trainer = train_rows(
-                config,
-                args,
-                model=model,
-                rows=rows,
-                tokenizer=tokenizer,
-                new_tokens=grow(model, ids, rows=rows.train, console=quiet),
-                record={"before": None},
-                checkpoint=None,
-                console=quiet,
-            )
+            with Stop() as stop:
+                tuning, trainer = train_rows(
+                    config,
+                    args,
+                    model=model,
+                    rows=rows,
+                    tokenizer=tokenizer,
+                    new_tokens=grow(model, ids, rows=rows.train, console=quiet),
+                    record=record_of(config, model=model, rows=rows, processes=args.world_size),
+                    checkpoint=None,
+                    console=quiet,
+                    stop=stop,
+                )
         except torch.OutOfMemoryError:
             report.problem(
                 f"one step of {args.per_device_train_batch_size} rows does not fit into memory: halve "
@@ -100,9 +104,10 @@ def _one_step(config: RunConfig, *, folder: str, evaluates: bool) -> RunConfig:
 
 def _largest(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase, *, batch: int) -> Rows:
     count = len(data.train) if config.packing else batch  # packed rows are nearly all full
-    train = _longest(data.train, count)
+    picked = _picked(data.train, count)
     return Rows(
-        train=train,
+        train=_longest(data.train, count),
+        origins=[example.origin for example, _ in picked],
         eval=None,
         examples=[],
         report=report_of([row for _, row in data.train]),
@@ -112,6 +117,9 @@ def _largest(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase, 
     )
 
 
+def _picked(found: Found, count: int) -> Found:
+    return sorted(found, key=lambda pair: -len(pair[1].input_ids))[:count]
+
+
 def _longest(found: Found, count: int) -> list[Row]:
-    rows = sorted((row for _, row in found), key=lambda row: -len(row.input_ids))[:count]
-    return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+    return [{"input_ids": row.input_ids, "labels": row.labels} for _, row in _picked(found, count)]
