@@ -189,7 +189,7 @@ for the few below that thrifty owns. The list is that of the transformers that t
 
 
 def _study_file() -> str:
-    least = study.load_study({"tasks": {"t": {"train": "t.jsonl"}}, "methods": {"smt": "smt"}})
+    least = study.load_study({"tasks": {"t": {"train": "t.jsonl", "eval": "t.jsonl"}}, "methods": {"smt": "smt"}})
     defaults = {"output_dir": "studies/<name of the file>", "budgets": _yaml([b.label for b in least.budgets])}
     defaults |= dict.fromkeys(("tasks", "methods"), "required") | dict.fromkeys(("search", "curve"), "below")
     defaults |= {name: _yaml(getattr(least, name)) for name in ("run", "seeds", "baseline", "measure", "seconds")}
