@@ -13,7 +13,7 @@ from thrifty.core.registry import get
 from thrifty.run.about import describe
 from thrifty.run.config import DataConfig, EvalConfig, RunConfig
 
-NAMES = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
+NAMES = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "estimate", "methods", "train"]
 METHODS = [
     "bitfit",
     "composable_sft",
@@ -46,6 +46,18 @@ VERBS = {
     "init": ["--data", "--eval", "--model", "file"],
     "train": ["settings"],
     "eval": ["--delta", "--harness", "--harness-path", "model", "settings"],
+    "estimate": [
+        "--compare",
+        "--fit",
+        "--hardware",
+        "--json",
+        "--max-cost",
+        "--max-hours",
+        "--measure",
+        "--price",
+        "--watts",
+        "settings",
+    ],
     "export": ["--base", "--dtype", "--output", "--private", "--to-hub", "source"],
     "chat": ["--delta", "--system", "model", "settings"],
     "delta": ["delta_verb"],

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from thrifty.core.plan import Plan
     from thrifty.core.registry import records as methods
     from thrifty.delta import Delta, Deltas, add_tokens
+    from thrifty.run.estimate import estimate
     from thrifty.run.train import train
     from thrifty.update.tuning import attach
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "methods", "train"]
+__all__ = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "estimate", "methods", "train"]
 
 # Loaded on first use, so that `import thrifty` and `thrifty --help` load neither torch nor transformers.
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "Plan": ("thrifty.core.plan", "Plan"),
     "add_tokens": ("thrifty.delta", "add_tokens"),
     "attach": ("thrifty.update.tuning", "attach"),
+    "estimate": ("thrifty.run.estimate", "estimate"),
     "methods": ("thrifty.core.registry", "records"),
     "train": ("thrifty.run.train", "train"),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from thrifty.core.errors import ThriftyError
 
-__all__ = ["Verb", "chat", "compare", "demo", "env", "evaluate", "export", "init", "methods", "train"]
+__all__ = ["Verb", "chat", "compare", "demo", "env", "estimate", "evaluate", "export", "init", "methods", "train"]
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -104,6 +104,13 @@ def compare(arguments: argparse.Namespace) -> int:
     if not complete:
         print(f"runs are left to make: `thrifty compare {file}` goes on")
     return 0
+
+
+def estimate(arguments: argparse.Namespace) -> int:
+    from .estimate_verb import run_estimate
+
+    file, settings = _split(arguments.settings)
+    return run_estimate(arguments, file, settings)
 
 
 def chat(arguments: argparse.Namespace) -> int:

@@ -39,7 +39,6 @@ class Traced:
     step: Trace
     mean: Trace
     probe: Trace | None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +153,7 @@ def on(found: Traced, hardware: Hardware, *, price: float | None = None, watts: 
         price=price,
         cost=None if price is None else price * total / 3600,
         memory_bytes=hardware.memory_bytes,
-        notes=found.notes,
+        notes=job.notes,
     )
 
 
@@ -176,7 +175,7 @@ def _memory(found: Traced, hardware: Hardware) -> tuple[dict[str, int], str]:
     moments: list[tuple[int, str, dict[str, int]]] = []
     for segment, kinds in found.step.peaks.items():
         parts = _parts(kinds, gradients=found.step.gradient_bytes if job.accumulation > 1 else None)
-        moments.append(_moment(_words(segment), {**held, **parts}, hardware))
+        moments.append(_moment(_words(segment), {**held, **parts}, hardware, passing=found.step.passing))
     gradients = {"gradients": found.step.gradient_bytes}
     moments.append(_moment("the optimizer's step", {**held, **gradients}, hardware))
     if found.probe is not None:
@@ -196,10 +195,12 @@ def _parts(kinds: Counter[str], *, gradients: int | None) -> dict[str, int]:
     }
 
 
-def _moment(words: str, parts: dict[str, int], hardware: Hardware) -> tuple[int, str, dict[str, int]]:
+def _moment(
+    words: str, parts: dict[str, int], hardware: Hardware, *, passing: int = 0
+) -> tuple[int, str, dict[str, int]]:
     moving = sum(parts.get(name, 0) for name in ("activations", "head", "working", "probe"))
-    every = {name: 0 for name in ("gradients", "activations", "head", "working", "probe")} | parts
-    every["allocator"] = round(hardware.slack * moving)
+    every = dict.fromkeys(("gradients", "activations", "head", "working", "probe"), 0) | parts
+    every["allocator"] = round(hardware.slack * moving + hardware.holes * min(passing, moving))
     return sum(every.values()), words, every
 
 

@@ -19,10 +19,12 @@ __all__ = ["grow", "sorts"]
 
 _MOST_SORTS = 3  # of layers told apart by how much they train; beyond, by what alone
 
+_SUMS = ("saved", "passing", "gradient_bytes")
+
 
 def sorts(model: nn.Module) -> list[list[int]]:
-    """The numbers of the layers, by sort: alike in their parameters, in what is trained, and in whether backward reaches
-    them."""
+    """The numbers of the layers, by sort: alike in their parameters, in what is trained, and in whether backward
+    reaches them."""
     parent, name = layers_of(model)
     layers = list(getattr(parent, name))
     inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -66,7 +68,8 @@ def grow(job: Job, model: nn.Module, *, probe: bool = False) -> Trace:
     alike = {_middle(model, numbers): numbers for numbers in sorts(model)}
     once = sorted(alike)
     base = trace(job, model, once)
-    result = Trace(work=Counter(base.work), saved=base.saved, gradient_bytes=base.gradient_bytes)
+    sums = {name: getattr(base, name) for name in _SUMS}
+    result = Trace(work=Counter(base.work), **sums)
     twice = {
         number: (once.index(number), trace(job, model, sorted([*once, number])), len(numbers) - 1)
         for number, numbers in alike.items()
@@ -75,8 +78,8 @@ def grow(job: Job, model: nn.Module, *, probe: bool = False) -> Trace:
     for _, more, times in twice.values():
         for sort in base.work.keys() | more.work.keys():
             result.work[sort] += times * (more.work[sort] - base.work[sort])
-        result.saved += times * (more.saved - base.saved)
-        result.gradient_bytes += times * (more.gradient_bytes - base.gradient_bytes)
+        for name in _SUMS:
+            setattr(result, name, getattr(result, name) + times * (getattr(more, name) - sums[name]))
     for segment in base.peaks:
         own = once[segment[1]] if segment[0] in ("forward", "backward") else None
         for first in (True, False) if own in twice else (True,):

@@ -31,7 +31,8 @@ class Hardware:
             attention.
         bandwidth_gbs: peak of memory, 10^9 bytes a second; `bandwidth_share` of it is reached.
         call_us: seconds x 10^-6 that every operation takes besides.
-        slack: what the allocator holds beyond what lives, as a share of all that comes and goes in a step.
+        slack: what the allocator holds beyond what lives, as a share of all that comes and goes in a step; `holes`, as
+            a share of what forward makes and frees again (a heap keeps holes among what is saved).
         framework_gb: what the process holds before the model.
         memory_gb: 10^9 bytes; 0: this machine's.
     """
@@ -46,6 +47,7 @@ class Hardware:
     bandwidth_share: float = 0.75
     call_us: float = 5.0
     slack: float = 0.05
+    holes: float = 0.0
     framework_gb: float = 0.6
     watts: float = 0.0
     source: str = ""

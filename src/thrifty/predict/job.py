@@ -32,6 +32,7 @@ class Job:
         checkpointing: whether layers are computed again in backward.
         optimizer: transformers' name.
         probe_rows, probe_units: of methods that look at gradients first.
+        notes: what was assumed, for the reader.
     """
 
     config: Any
@@ -51,6 +52,7 @@ class Job:
     probe_rows: int = 4
     probe_units: int = 16
     trust_remote_code: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> float:

@@ -51,6 +51,7 @@ class Ledger(TorchDispatchMode):
         self.kind = "activations"
         self.live: Counter[str] = Counter()
         self.total = 0
+        self.passing = 0  # bytes that forward made and freed again, which allocators without a cache leave as holes
         self.peaks: dict[Segment, tuple[int, dict[str, int]]] = {}
         self.work: dict[Segment, Counter[str]] = {}
         self._blocks: Any = WeakIdKeyDictionary()
@@ -92,6 +93,8 @@ class Ledger(TorchDispatchMode):
     def _freed(self, block: _Block) -> None:
         self.live[block.kind] -= block.bytes
         self.total -= block.bytes
+        if block.kind == self.kind == "activations":
+            self.passing += block.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

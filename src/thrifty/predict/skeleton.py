@@ -44,7 +44,7 @@ def layers_of(model: nn.Module) -> tuple[nn.Module, str]:
     ]
     if not found:
         raise ThriftyError(
-            f"{type(model).__name__} is not made of transformers' layers: its cost cannot be estimated without running it"
+            f"{type(model).__name__} is not made of transformers' layers: its cost cannot be told without running it"
         )
     _, parent, name = max(found, key=lambda item: item[0])
     return parent, name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class Trace:
     peaks: dict[Segment, Counter[str]] = field(default_factory=dict)
     work: Counter[str] = field(default_factory=Counter)
     saved: int = 0
+    passing: int = 0  # bytes that forward makes and frees again
     gradient_bytes: int = 0
 
     def peak(self) -> int:
@@ -54,11 +55,12 @@ def loss_plan(model: nn.Module) -> LossPlan:
 
 
 def trace(job: Job, model: nn.Module, numbers: Sequence[int], *, probe: bool = False) -> Trace:
-    """A step of the attached `model` (meta device, left as it is) with the layers `numbers`; of the probe if `probe`."""
+    """A step of the attached `model` (meta device, left as it is) with the layers `numbers` alone; of the probe if
+    `probe`."""
     copied = cut(model, numbers)
     inner = unwrapped(copied)
     plan = loss_plan(copied)
-    if not probe and job.checkpointing and inner.supports_gradient_checkpointing:
+    if job.checkpointing and inner.supports_gradient_checkpointing:
         inner.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         inner.disable_input_require_grads()
     rows = job.probe_rows if probe else job.rows
@@ -83,6 +85,7 @@ def trace(job: Job, model: nn.Module, numbers: Sequence[int], *, probe: bool = F
         with mode, recomputed, ledger:
             with cast:
                 loss = copied(**batch).loss
+            result.passing = ledger.passing
             result.saved = ledger.live["activations"] + ledger.live["head"]
             ledger.enter(("head", 0), kind="working")
             if loss.requires_grad:

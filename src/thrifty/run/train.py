@@ -38,6 +38,7 @@ from .model import load_model, load_tokenizer
 from .new_tokens import grow, save_tokenizer
 from .objectives import parse_objective, refuse_unsupported
 from .order import row_order
+from .out_of_memory import advising
 from .probe_batches import check_text, probe_batches, probe_loss
 from .rows import Rows, check_fits, load_rows, order_of, packed_rows
 from .summary import data_fingerprint, delta_info, describe_data, make_summary, model_fingerprint, print_result
@@ -102,17 +103,18 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     else:
         measure(model, config=_first_row(config.eval))
 
-    tuning, trainer = _train(
-        config,
-        args,
-        model=model,
-        rows=rows,
-        tokenizer=tokenizer,
-        new_tokens=new_tokens,
-        record=record,
-        checkpoint=checkpoint,
-        console=console,
-    )
+    with advising(config):
+        tuning, trainer = _train(
+            config,
+            args,
+            model=model,
+            rows=rows,
+            tokenizer=tokenizer,
+            new_tokens=new_tokens,
+            record=record,
+            checkpoint=checkpoint,
+            console=console,
+        )
     with no_progress_bars():  # whole tensors are read from the base once more
         delta = tuning.delta()
     delta.info = delta_info(config, trainer=trainer)
