@@ -57,7 +57,7 @@ def real(one: Job) -> tuple[PreTrainedModel, list[torch.nn.Parameter], torch.opt
 
 @pytest.mark.parametrize("method", ["full", BLOCKS, LORA], ids=["full", "blocks", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_are_exact_and_saved_bytes_within_a_hundredth(family: str, method: Any) -> None:
+def test_parts_are_exact_and_saved_bytes_near(family: str, method: Any) -> None:
     if family == "mixtral" and method == LORA:
         pytest.skip("PEFT's LoRA leaves stacked experts out: nothing that the other families do not show")
     one = job(family, method)
@@ -76,7 +76,10 @@ def test_parts_are_exact_and_saved_bytes_within_a_hundredth(family: str, method:
     with saved_bytes(model) as saved:
         loss = loss_of(model, batch())
     assert loss.requires_grad
-    assert found.step.saved == pytest.approx(saved.total, rel=0.01)
+    # of drawn blocks one layer stands for all, whose draws differ; chunks of the model's own head are kept by a
+    # checkpoint, which `saved_bytes` does not see
+    near = 0.04 if method == BLOCKS else 0.02 if loss_plan(model).path == "own_head" else 0.001
+    assert found.step.saved == pytest.approx(saved.total, rel=near)
 
 
 @pytest.mark.parametrize("method", ["full", BLOCKS], ids=["full", "blocks"])

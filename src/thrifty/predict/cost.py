@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.budget import distinct_parameters
-from .grow import grow
+from .grow import grow, resident
 from .hardware import Hardware
 from .job import Job
 from .ledger import Segment
@@ -39,6 +39,7 @@ class Traced:
     step: Trace
     mean: Trace
     probe: Trace | None
+    resident: int = 0  # bytes that a processor's heap holds beyond what lives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +88,12 @@ class Estimate:
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
 
 
-def traced(job: Job) -> Traced:
-    """Run a step of `job` without values. Seconds, whatever the model's size. ThriftyError as a run would give it."""
+def traced(job: Job, *, heap: float = 0.0, probe: bool = True) -> Traced:
+    """Run a step of `job` without values. Seconds, whatever the model's size. `heap`: of a Hardware; `probe`: whether
+    what the method looks at first is run too. ThriftyError as a run would give it."""
     model = build(job)
     parameters, weights = distinct_parameters(model), weight_bytes(model)
-    bare = build(job) if job.method.needs_probe else None
+    bare = build(job) if probe and job.method.needs_probe else None
     model_, _ = attach(model, job.method, job.budget)
     leaves = [p for p in model_.parameters() if p.requires_grad]
     step = grow(job, model_)
@@ -108,7 +110,13 @@ def traced(job: Job) -> Traced:
         step=step,
         mean=mean,
         probe=None if bare is None else grow(job, bare, probe=True),
+        resident=resident(job, model_, settled=heap, states=_states(job, leaves)) if heap else 0,
     )
+
+
+def _states(job: Job, leaves: list[nn.Parameter]) -> list[int]:
+    """Sizes of the optimizer's tensors."""
+    return [size for p in leaves for size in (state_bytes(job, p.nbytes) // 2,) * 2]
 
 
 def _originals(model: nn.Module) -> int:
@@ -119,7 +127,7 @@ def _originals(model: nn.Module) -> int:
 
 def estimate_job(job: Job, hardware: Hardware, *, price: float | None = None, watts: float | None = None) -> Estimate:
     """What `job` costs on `hardware`; `price` of an hour, `watts` in place of the profile's."""
-    return on(traced(job), hardware, price=price, watts=watts)
+    return on(traced(job, heap=hardware.heap), hardware, price=price, watts=watts)
 
 
 def on(found: Traced, hardware: Hardware, *, price: float | None = None, watts: float | None = None) -> Estimate:
@@ -175,7 +183,7 @@ def _memory(found: Traced, hardware: Hardware) -> tuple[dict[str, int], str]:
     moments: list[tuple[int, str, dict[str, int]]] = []
     for segment, kinds in found.step.peaks.items():
         parts = _parts(kinds, gradients=found.step.gradient_bytes if job.accumulation > 1 else None)
-        moments.append(_moment(_words(segment), {**held, **parts}, hardware, passing=found.step.passing))
+        moments.append(_moment(_words(segment), {**held, **parts}, hardware, resident=found.resident))
     gradients = {"gradients": found.step.gradient_bytes}
     moments.append(_moment("the optimizer's step", {**held, **gradients}, hardware))
     if found.probe is not None:
@@ -196,11 +204,11 @@ def _parts(kinds: Counter[str], *, gradients: int | None) -> dict[str, int]:
 
 
 def _moment(
-    words: str, parts: dict[str, int], hardware: Hardware, *, passing: int = 0
+    words: str, parts: dict[str, int], hardware: Hardware, *, resident: int = 0
 ) -> tuple[int, str, dict[str, int]]:
     moving = sum(parts.get(name, 0) for name in ("activations", "head", "working", "probe"))
     every = dict.fromkeys(("gradients", "activations", "head", "working", "probe"), 0) | parts
-    every["allocator"] = round(hardware.slack * moving + hardware.holes * min(passing, moving))
+    every["allocator"] = resident if resident else round(hardware.slack * moving)
     return sum(every.values()), words, every
 
 

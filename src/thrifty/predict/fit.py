@@ -44,17 +44,18 @@ def parse_bytes(text: str) -> float:
 def largest(size: Callable[[int], float], limit: float, *, start: int, most: int) -> int | None:
     """The largest n from 1 to `most` with `size(n) <= limit`, for a size that never falls as n grows; None where there
     is none. Few calls where size is nearly linear: it is interpolated, and every third time halved."""
-    low, low_size = 0, 0.0
+    low, low_size, slope = 0, 0.0, 0.0
     high, guess = most + 1, max(1, min(start, most))
     high_size, calls = float("inf"), 0
     while high - low > 1:
         found, calls = size(guess), calls + 1
         if found <= limit:
+            slope = (found - low_size) / (guess - low) if low else 0.0
             low, low_size = guess, found
         else:
             high, high_size = guess, found
         if high_size == float("inf"):
-            guess = min(2 * guess, most)
+            guess = min(low + int((limit - low_size) / slope) + 1 if slope > 0 else 2 * guess, most)
         elif calls % 3 == 0 or high_size <= low_size:
             guess = (low + high) // 2
         else:

@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from ..objective.heads import unwrapped
+from .heap import beyond
 from .job import Job
 from .ledger import Segment
 from .skeleton import layers_of
 from .trace import Trace, trace
+from .unroll import unroll
 
-__all__ = ["grow", "sorts"]
+__all__ = ["grow", "resident", "sorts"]
 
 _MOST_SORTS = 3  # of layers told apart by how much they train; beyond, by what alone
 
@@ -91,6 +93,20 @@ def grow(job: Job, model: nn.Module, *, probe: bool = False) -> Trace:
             layer = 0 if own is None else alike[own][0 if first else -1]
             result.peaks[(segment[0], layer)] = kinds
     return result
+
+
+def resident(job: Job, model: nn.Module, *, settled: float, states: Sequence[int]) -> int:
+    """Bytes that a heap holds beyond what lives, in steps of `model` with all layers like its commonest."""
+    numbers = max(sorts(model), key=len)
+    parent, name = layers_of(model)
+    depth = len(getattr(parent, name))
+    layer = _middle(model, numbers)
+    if depth < 3:
+        found = trace(job, model, list(range(depth)))
+        events = [(block, size) for _, block, size in found.events]
+    else:
+        events = unroll(trace(job, model, [layer] * 3).events, depth)
+    return beyond(events, states, settled=settled)
 
 
 def _there(segment: Segment, position: int, last: bool) -> Segment:

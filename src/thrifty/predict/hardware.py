@@ -30,9 +30,10 @@ class Hardware:
         tflops: peak of matrix products by dtype, 10^12 a second; `share` of it is reached, `attention_share` by fused
             attention.
         bandwidth_gbs: peak of memory, 10^9 bytes a second; `bandwidth_share` of it is reached.
+        mapping_gbs: 10^9 bytes a second of large blocks that the system maps anew; 0: that costs nothing (GPUs cache).
         call_us: seconds x 10^-6 that every operation takes besides.
-        slack: what the allocator holds beyond what lives, as a share of all that comes and goes in a step; `holes`, as
-            a share of what forward makes and frees again (a heap keeps holes among what is saved).
+        slack: what the allocator holds beyond what lives, as a share of all that comes and goes in a step.
+        heap: of a processor, whose allocator is a heap without a cache: `settled` of `heap.Heap`; 0: there is none.
         framework_gb: what the process holds before the model.
         memory_gb: 10^9 bytes; 0: this machine's.
     """
@@ -45,9 +46,10 @@ class Hardware:
     share: float = 0.5
     attention_share: float = 0.3
     bandwidth_share: float = 0.75
+    mapping_gbs: float = 0.0
     call_us: float = 5.0
     slack: float = 0.05
-    holes: float = 0.0
+    heap: float = 0.0
     framework_gb: float = 0.6
     watts: float = 0.0
     source: str = ""
@@ -67,6 +69,8 @@ class Hardware:
                 found[kind] += amount / (1e12 * peak * share)
             elif kind == "bytes":
                 found["memory"] += amount / (1e9 * self.bandwidth_gbs * self.bandwidth_share)
+            elif kind == "mapped" and self.mapping_gbs:
+                found["memory"] += amount / (1e9 * self.mapping_gbs)
             elif kind == "calls":
                 found["calls"] += amount * 1e-6 * self.call_us
         return found

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .heap import MAPPED_BYTES
+
 __all__ = ["Ledger", "Segment"]
 
 Segment = tuple[str, int]  # ("forward", layer), ("loss", 0), ("head", 0), ("backward", layer)
@@ -30,15 +32,16 @@ _FIRST_QUERY = {4: 0, 10: 1}  # where the query stands among the arguments
 class _Block:
     """One storage: its bytes, and what they are for."""
 
-    __slots__ = ("bytes", "kind")
+    __slots__ = ("bytes", "kind", "number")
 
-    def __init__(self, size: int, kind: str) -> None:
-        self.bytes, self.kind = size, kind
+    def __init__(self, size: int, kind: str, number: int = -1) -> None:
+        self.bytes, self.kind, self.number = size, kind, number
 
 
 class Ledger(TorchDispatchMode):
     """Counts while it is entered. Bytes: what lives, by kind, and its maximum within each segment. Work, by sort:
-    `products.<dtype>` and `attention.<dtype>` in FLOPs, `bytes` read and written by all other operations, `calls`.
+    `products.<dtype>` and `attention.<dtype>` in FLOPs, `bytes` read and written by all other operations, `calls`, and
+    `mapped`: bytes of blocks so large that a processor's allocator asks the system for fresh pages each time.
 
     Storages of `held` tensors (weights) are not counted. `labels`: how many rows `nonzero` finds, which the values
     would decide.
@@ -54,6 +57,7 @@ class Ledger(TorchDispatchMode):
         self.passing = 0  # bytes that forward made and freed again, which allocators without a cache leave as holes
         self.peaks: dict[Segment, tuple[int, dict[str, int]]] = {}
         self.work: dict[Segment, Counter[str]] = {}
+        self.events: list[tuple[Segment, int, int]] = []  # segment, block, bytes; 0 bytes: freed
         self._blocks: Any = WeakIdKeyDictionary()
         for tensor in held:
             self._blocks[tensor.untyped_storage()] = _Block(0, "weights")
@@ -83,8 +87,11 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage in self._blocks:
             return
-        block = _Block(storage.nbytes(), self.kind)
+        block = _Block(storage.nbytes(), self.kind, len(self.events))
         self._blocks[storage] = block
+        if block.bytes:
+            self.events.append((self.segment, block.number, block.bytes))
+            self.add("mapped", block.bytes if block.bytes >= MAPPED_BYTES else 0)
         self.live[block.kind] += block.bytes
         self.total += block.bytes
         weakref.finalize(storage, self._freed, block).atexit = False
@@ -93,6 +100,8 @@ class Ledger(TorchDispatchMode):
     def _freed(self, block: _Block) -> None:
         self.live[block.kind] -= block.bytes
         self.total -= block.bytes
+        if block.bytes:
+            self.events.append((self.segment, block.number, 0))
         if block.kind == self.kind == "activations":
             self.passing += block.bytes
 

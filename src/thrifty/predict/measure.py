@@ -10,7 +10,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from .hardware import Hardware
+from .hardware import Hardware, find_hardware
 
 __all__ = ["measure"]
 
@@ -43,8 +43,9 @@ def measure() -> Hardware:
         attention_share=min(1.0, attention / rates["float32"]),
         bandwidth_share=1.0,
         call_us=1e6 * _call(device),
-        slack=0.05 if on_gpu else 0.1,
-        holes=0.0 if on_gpu else 0.5,
+        slack=0.05,
+        heap=0.0 if on_gpu else find_hardware("cpu").heap,
+        mapping_gbs=0.0 if on_gpu else _mapping() / 1e9,
         framework_gb=0.6,
         watts=0.0,
         source=f"measured on {name}, torch {torch.__version__}",
@@ -89,6 +90,11 @@ def _bandwidth(device: torch.device) -> float:
     source = torch.zeros(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return 2 * _COPY_BYTES / _time(lambda: target.copy_(source), device)
+
+
+def _mapping() -> float:
+    """Bytes a second of fresh pages: a large tensor is made, written and freed."""
+    return _COPY_BYTES / _time(lambda: torch.ones(_COPY_BYTES // 4), torch.device("cpu"))
 
 
 def _call(device: torch.device) -> float:

@@ -9,8 +9,6 @@ from .fit import Fit
 
 __all__ = ["describe", "duration", "fit_text", "gigabytes", "table"]
 
-_HIDDEN = 0.0005  # of the peak: smaller parts are not listed
-
 
 def gigabytes(size: float) -> str:
     """Bytes as `3.41 GB` (10^9), small ones as MB."""
@@ -34,7 +32,7 @@ def describe(estimate: Estimate) -> str:
         f"memory: {gigabytes(e.peak_bytes)} at the peak, {e.moment}; {room} {gigabytes(e.memory_bytes)}",
     ]
     for part, size in sorted(e.memory.items(), key=lambda item: -item[1]):
-        if size > _HIDDEN * e.peak_bytes:
+        if size:
             lines.append(f"  {part:16} {gigabytes(size):>12}")
     times = ", ".join(f"{part} {duration(s)}" for part, s in e.seconds.items() if s > 0.01 * e.step_seconds)
     lines.append(f"step:   {duration(e.step_seconds)} ({times}); {e.tokens_per_second:,.0f} tokens/s")

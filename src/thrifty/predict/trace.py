@@ -22,6 +22,7 @@ from ..update.strips import merge_pending
 from .job import Job
 from .ledger import Ledger, Segment
 from .skeleton import cut, fake, layers_of, quiet
+from .unroll import Allocation
 
 __all__ = ["Trace", "loss_plan", "trace"]
 
@@ -35,6 +36,7 @@ class Trace:
     peaks: dict[Segment, Counter[str]] = field(default_factory=dict)
     work: Counter[str] = field(default_factory=Counter)
     saved: int = 0
+    events: list[Allocation] = field(default_factory=list, repr=False)
     passing: int = 0  # bytes that forward makes and frees again
     gradient_bytes: int = 0
 
@@ -90,12 +92,13 @@ def trace(job: Job, model: nn.Module, numbers: Sequence[int], *, probe: bool = F
             ledger.enter(("head", 0), kind="working")
             if loss.requires_grad:
                 loss.backward()
+        result.events = list(ledger.events)
     result.gradient_bytes = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
     result.peaks = {segment: Counter(kinds) for segment, (_, kinds) in ledger.peaks.items()}
     factor = wanted / labels
     for segment, work in ledger.work.items():
-        scale = factor if segment[0] in ("loss",) else 1.0
-        result.work.update({sort: amount * scale for sort, amount in work.items()})
+        scale = factor if segment[0] == "loss" else 1.0  # chunk after chunk in one table
+        result.work.update({sort: amount * (1.0 if sort == "mapped" else scale) for sort, amount in work.items()})
     _more_labels(result, copied, job, labels=wanted - labels)
     return result
 
@@ -131,7 +134,7 @@ def _unpacked() -> Iterator[None]:
 def _share_strips(model: nn.Module, batch: dict[str, Tensor], mode: FakeTensorMode) -> None:
     """Matrices that read the same input share a strip from the second step on: see who does, and let them."""
     if any(hasattr(module, "_thrifty") for module in model.modules()):
-        with mode:
+        with mode, Ledger([], labels=1):  # which knows shapes that depend on values
             trunk = unwrapped(model).base_model
             trunk(**{name: tensor[:1, :8] for name, tensor in batch.items() if name != "labels"})
         merge_pending()
