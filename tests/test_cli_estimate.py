@@ -12,6 +12,7 @@ from tiny_run import configuration, prepare
 
 import thrifty
 from thrifty.cli.main import main
+from thrifty.core.errors import ThriftyError
 from thrifty.predict import measure as measuring
 from thrifty.run.config import load_config
 from thrifty.run.estimate import job_of
@@ -63,10 +64,28 @@ def test_no_data_and_no_weights_are_needed(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_compare_and_fit_in_one_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["estimate", run_file(folder, tmp_path, data={}), "--compare", "--fit", "0.61GB", "--hardware", "a10"]
+    method = {"random_blocks": {"block_size": 8}}  # which looks at nothing first: half of the time
+    words = [
+        "estimate",
+        run_file(folder, tmp_path, data={}, method=method),
+        "--compare",
+        "--fit",
+        "0.61GB",
+        "--hardware",
+        "a10",
+    ]
     assert main(words) == 0
     out = capsys.readouterr().out
-    for text in ("smt (configured)", "LoRA r=", "DoRA r=", "full", "lisa", "fits into 0.61 GB", "max_length="):
+    for text in (
+        "random_blocks (configured)",
+        "smt, columns",
+        "LoRA r=",
+        "DoRA r=",
+        "full",
+        "lisa",
+        "fits into 0.61 GB",
+        "max_length=",
+    ):
         assert text in out, out
 
 
@@ -110,7 +129,7 @@ def test_a_measured_machine_is_kept(
 def test_out_of_memory_says_what_would_fit(folder: Path) -> None:
     config = load_config(configuration(folder))
     with (
-        pytest.raises(thrifty.core.errors.ThriftyError, match="out of memory in training: the estimate"),
+        pytest.raises(ThriftyError, match="out of memory in training: the estimate"),
         advising(config),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -19,7 +19,10 @@ from thrifty.objective.next_token import install, loss_of
 from thrifty.predict.cost import Traced, on, state_bytes, traced
 from thrifty.predict.hardware import find_hardware
 from thrifty.predict.job import Job
-from thrifty.predict.trace import loss_plan
+from thrifty.predict.placing import attach
+from thrifty.predict.skeleton import build
+from thrifty.predict.trace import loss_plan, trace
+from thrifty.predict.unroll import unroll
 from thrifty.run.memory import saved_bytes
 
 ROWS, LENGTH = 2, 16
@@ -152,3 +155,22 @@ def test_the_probe_counts() -> None:
 def test_a_method_that_cannot_be_told_without_gradients_says_so() -> None:
     with pytest.raises(ThriftyError, match="TopRotated"):
         traced(job("llama", "sparsegrad"))
+
+
+@pytest.mark.parametrize("method", ["full", LORA], ids=["full", "lora"])
+def test_allocations_of_three_layers_stand_for_six(method: Any) -> None:
+    one = job("llama", method)
+    model, _ = attach(build(one), one.method, None)
+    three, six = (trace(one, model, [1] * count).events for count in (3, 6))
+    assert [size for _, size in unroll(three, 6)] == [size for *_, size in six]
+
+
+def test_a_heap_holds_more_than_lives_and_a_cache_a_fixed_share() -> None:
+    one = job("llama", "full", length=64)
+    found = traced(one, heap=True)
+    assert found.allocations
+    few, many = (on(found, dataclasses.replace(find_hardware("cpu"), heap=share)) for share in (0.1, 0.5))
+    assert 0 < few.memory["allocator"] < many.memory["allocator"]
+    cached = on(traced(one), find_hardware("h100"))
+    moving = sum(cached.memory[part] for part in ("activations", "head", "working"))
+    assert cached.memory["allocator"] == round(0.05 * moving)

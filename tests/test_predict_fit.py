@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from families import config
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
@@ -33,14 +33,16 @@ def job(**changes: object) -> Job:
     return Job(**{**given, "rows": 2, "length": 16, "padded": False, **changes})  # type: ignore[arg-type]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None, phases=[Phase.generate])  # a step is traced: too slow to shrink
 @given(st.integers(1, 6), st.integers(4, 40), st.integers(50, 300), st.sampled_from(["rows", "length", "budget"]))
 def test_more_never_costs_less(rows: int, length: int, share: int, what: str) -> None:
     one = job(rows=rows, length=length, budget=Budget(fraction=share / 1000))
     more = {"rows": rows + 1, "length": length + 3, "budget": Budget(fraction=share / 1000 + 0.2)}
     less, grown = (on(traced(j), find_hardware("a10")) for j in (one, dataclasses.replace(one, **{what: more[what]})))
     assert grown.peak_bytes >= less.peak_bytes
-    assert grown.step_seconds >= less.step_seconds
+    # larger regions may need fewer, larger copies: only their products can but grow
+    assert grown.seconds["products"] >= less.seconds["products"]
+    assert what == "budget" or grown.step_seconds >= less.step_seconds
     assert grown.trained >= less.trained
 
 
@@ -57,7 +59,7 @@ def test_the_largest_is_the_last_that_fits(sizes: list[float], limit: float, sta
 
 
 def test_what_fits_fits_and_the_next_does_not() -> None:
-    one, device = job(), find_hardware("l4")
+    one, device = job(config=config("llama", layers=2)), find_hardware("l4")
     limit = 1.02 * estimate_job(one, device).peak_bytes
     fit = fit_job(one, device, limit)
     assert fit.rows is not None
@@ -162,7 +164,8 @@ def test_seconds_of_work() -> None:
         call_us=10,
     )
     work = {"products.float32": 1e12, "products.bfloat16": 1e12, "attention.float32": 1e12, "bytes": 1e11, "calls": 1e5}
-    assert device.seconds(work) == {"products": 3.0, "attention": 4.0, "memory": 2.0, "calls": 1.0}
+    expected = {"products": 3.0, "attention": 4.0, "memory": 2.0, "calls": 1.0}
+    assert device.seconds(work) == pytest.approx(expected)
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 10**6)), max_size=80))

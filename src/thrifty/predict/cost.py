@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.budget import distinct_parameters
-from .grow import grow, resident
+from .grow import allocations, grow
 from .hardware import Hardware
+from .heap import Event, beyond
 from .job import Job
 from .ledger import Segment
 from .placing import attach
@@ -39,7 +40,8 @@ class Traced:
     step: Trace
     mean: Trace
     probe: Trace | None
-    resident: int = 0  # bytes that a processor's heap holds beyond what lives
+    allocations: tuple[Event, ...] = ()  # of a step, where the device has a heap
+    states: tuple[int, ...] = ()  # bytes of each of the optimizer's tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +90,9 @@ class Estimate:
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
 
 
-def traced(job: Job, *, heap: float = 0.0, probe: bool = True) -> Traced:
-    """Run a step of `job` without values. Seconds, whatever the model's size. `heap`: of a Hardware; `probe`: whether
-    what the method looks at first is run too. ThriftyError as a run would give it."""
+def traced(job: Job, *, heap: bool = False, probe: bool = True) -> Traced:
+    """Run a step of `job` without values. Seconds, whatever the model's size. `heap`: whether it is for a device with
+    one; `probe`: whether what the method looks at first is run too. ThriftyError as a run would give it."""
     model = build(job)
     parameters, weights = distinct_parameters(model), weight_bytes(model)
     bare = build(job) if probe and job.method.needs_probe else None
@@ -110,13 +112,9 @@ def traced(job: Job, *, heap: float = 0.0, probe: bool = True) -> Traced:
         step=step,
         mean=mean,
         probe=None if bare is None else grow(job, bare, probe=True),
-        resident=resident(job, model_, settled=heap, states=_states(job, leaves)) if heap else 0,
+        allocations=tuple(allocations(job, model_)) if heap else (),
+        states=tuple(size for p in leaves for size in (state_bytes(job, p.nbytes) // 2,) * 2),
     )
-
-
-def _states(job: Job, leaves: list[nn.Parameter]) -> list[int]:
-    """Sizes of the optimizer's tensors."""
-    return [size for p in leaves for size in (state_bytes(job, p.nbytes) // 2,) * 2]
 
 
 def _originals(model: nn.Module) -> int:
@@ -127,7 +125,7 @@ def _originals(model: nn.Module) -> int:
 
 def estimate_job(job: Job, hardware: Hardware, *, price: float | None = None, watts: float | None = None) -> Estimate:
     """What `job` costs on `hardware`; `price` of an hour, `watts` in place of the profile's."""
-    return on(traced(job, heap=hardware.heap), hardware, price=price, watts=watts)
+    return on(traced(job, heap=hardware.heap > 0), hardware, price=price, watts=watts)
 
 
 def on(found: Traced, hardware: Hardware, *, price: float | None = None, watts: float | None = None) -> Estimate:
@@ -180,10 +178,11 @@ def _memory(found: Traced, hardware: Hardware) -> tuple[dict[str, int], str]:
         "optimizer": state_bytes(job, found.trained_bytes),
         "framework": round(1e9 * hardware.framework_gb),
     }
+    resident = beyond(found.allocations, found.states, settled=hardware.heap) if found.allocations else 0
     moments: list[tuple[int, str, dict[str, int]]] = []
     for segment, kinds in found.step.peaks.items():
         parts = _parts(kinds, gradients=found.step.gradient_bytes if job.accumulation > 1 else None)
-        moments.append(_moment(_words(segment), {**held, **parts}, hardware, resident=found.resident))
+        moments.append(_moment(_words(segment), {**held, **parts}, hardware, resident=resident))
     gradients = {"gradients": found.step.gradient_bytes}
     moments.append(_moment("the optimizer's step", {**held, **gradients}, hardware))
     if found.probe is not None:

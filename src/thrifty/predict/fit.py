@@ -55,7 +55,8 @@ def largest(size: Callable[[int], float], limit: float, *, start: int, most: int
         else:
             high, high_size = guess, found
         if high_size == float("inf"):
-            guess = min(low + int((limit - low_size) / slope) + 1 if slope > 0 else 2 * guess, most)
+            ahead = (limit - low_size) / slope + 1 if slope > 0 else guess
+            guess = min(low + int(min(ahead, most)), most)
         elif calls % 3 == 0 or high_size <= low_size:
             guess = (low + high) // 2
         else:

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from ..objective.heads import unwrapped
-from .heap import beyond
+from .heap import Event
 from .job import Job
 from .ledger import Segment
 from .skeleton import layers_of
 from .trace import Trace, trace
 from .unroll import unroll
 
-__all__ = ["grow", "resident", "sorts"]
+__all__ = ["allocations", "grow", "sorts"]
 
 _MOST_SORTS = 3  # of layers told apart by how much they train; beyond, by what alone
 
@@ -95,18 +95,15 @@ def grow(job: Job, model: nn.Module, *, probe: bool = False) -> Trace:
     return result
 
 
-def resident(job: Job, model: nn.Module, *, settled: float, states: Sequence[int]) -> int:
-    """Bytes that a heap holds beyond what lives, in steps of `model` with all layers like its commonest."""
+def allocations(job: Job, model: nn.Module) -> list[Event]:
+    """What a step of `model` takes and frees, with all layers like its commonest."""
     numbers = max(sorts(model), key=len)
     parent, name = layers_of(model)
     depth = len(getattr(parent, name))
     layer = _middle(model, numbers)
     if depth < 3:
-        found = trace(job, model, list(range(depth)))
-        events = [(block, size) for _, block, size in found.events]
-    else:
-        events = unroll(trace(job, model, [layer] * 3).events, depth)
-    return beyond(events, states, settled=settled)
+        return [(block, size) for _, block, size in trace(job, model, list(range(depth))).events]
+    return unroll(trace(job, model, [layer] * 3).events, depth)
 
 
 def _there(segment: Segment, position: int, last: bool) -> Segment:
