@@ -4,7 +4,7 @@
     PYTHONPATH=. python results/estimate/grade.py --again            # grades what was traced
 
 Cells: results/performance/*.json (quiet measurements of `make bench`) and results/estimate/memory.json (bytes alone).
-Of every two cells in the files' order the first calibrates; the Qwen2.5-0.5B shape calibrates nothing. DATA as for
+Of every four cells in the files' order the first two calibrate; the Qwen2.5-0.5B shape calibrates nothing. DATA as for
 `make bench`; without it the trainers' cells are left out.
 """
 
@@ -187,7 +187,7 @@ def graded() -> list[dict[str, Any]]:
         seconds = statistics.median(cell["seconds"]) if cell.get("seconds") else None
         shape = cell["spec"].get("shape", "smollm2")
         row = {"cell": cell, "seconds": seconds, "shape": shape, **kept[key]}
-        rows.append(row | {"calibrates": order % 2 == 0 and shape != NEVER})
+        rows.append(row | {"calibrates": order // 2 % 2 == 0 and shape != NEVER})
     return rows
 
 

@@ -97,6 +97,17 @@ class Ledger(TorchDispatchMode):
         weakref.finalize(storage, self._freed, block).atexit = False
         self._high()
 
+    def _added(self, inputs: list[Tensor], out: Tensor) -> None:
+        """Autograd sums two gradients in the memory of the first, but not where tensors have no values."""
+        first = self._blocks.get(inputs[0].untyped_storage())
+        alike = all(t.shape == out.shape and t.dtype == out.dtype for t in inputs) and len(inputs) == 2
+        storage = out.untyped_storage()
+        if alike and first is not None and first.kind == "working" and first.bytes == storage.nbytes():
+            block = _Block(first.bytes, first.kind, first.number)
+            first.bytes = 0
+            self._blocks[storage] = block
+            weakref.finalize(storage, self._freed, block).atexit = False
+
     def _freed(self, block: _Block) -> None:
         self.live[block.kind] -= block.bytes
         self.total -= block.bytes
@@ -116,6 +127,8 @@ class Ledger(TorchDispatchMode):
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._count(func, args, kwargs, inputs, outputs, out)
+        if func is _aten.add.Tensor and self.kind == "working":
+            self._added(inputs, outputs[0])
         for tensor in outputs:
             self._made(tensor)
         return out
