@@ -82,7 +82,7 @@ def cut(model: nn.Module, numbers: Sequence[int]) -> nn.Module:
 
 def _set_depth(model: nn.Module, numbers: Sequence[int]) -> None:
     """Configurations of the copy say how many layers there are, and of which types."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in configs.values():
         texts: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         for one in {id(config): config, id(texts): texts}.values():
