@@ -65,13 +65,13 @@ def largest(size: Callable[[int], float], limit: float, *, start: int, most: int
     return low or None
 
 
-def largest_batch(job: Job, hardware: Hardware, memory_bytes: float) -> int | None:
-    """Rows of a micro-batch."""
+def largest_batch(job: Job, hardware: Hardware, memory_bytes: float, *, most: int = _MOST_ROWS) -> int | None:
+    """Rows of a micro-batch, at most `most`."""
     return largest(
         lambda rows: estimate_job(dataclasses.replace(job, rows=rows), hardware).peak_bytes,
         memory_bytes,
         start=job.rows,
-        most=_MOST_ROWS,
+        most=most,
     )
 
 

@@ -21,7 +21,7 @@ __all__ = ["allocations", "grow", "sorts"]
 
 _MOST_SORTS = 3  # of layers told apart by how much they train; beyond, by what alone
 
-_SUMS = ("saved", "passing", "gradient_bytes")
+_SUMS = ("saved", "gradient_bytes")
 
 
 def sorts(model: nn.Module) -> list[list[int]]:

@@ -54,7 +54,6 @@ class Ledger(TorchDispatchMode):
         self.kind = "activations"
         self.live: Counter[str] = Counter()
         self.total = 0
-        self.passing = 0  # bytes that forward made and freed again, which allocators without a cache leave as holes
         self.peaks: dict[Segment, tuple[int, dict[str, int]]] = {}
         self.work: dict[Segment, Counter[str]] = {}
         self.events: list[tuple[Segment, int, int]] = []  # segment, block, bytes; 0 bytes: freed
@@ -113,8 +112,6 @@ class Ledger(TorchDispatchMode):
         self.total -= block.bytes
         if block.bytes:
             self.events.append((self.segment, block.number, 0))
-        if block.kind == self.kind == "activations":
-            self.passing += block.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..core.errors import ThriftyError
 from .job import Job
 
-__all__ = ["build", "cut", "fake", "layers_of", "weight_bytes"]
+__all__ = ["build", "cut", "fake", "layers_of", "quiet", "weight_bytes"]
 
 
 def build(job: Job) -> PreTrainedModel:
@@ -123,9 +122,3 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def replaced(select: Any, **options: Any) -> Any:
-    """`select` with `options`, those that it has."""
-    names = {item.name for item in dataclasses.fields(select)}
-    return dataclasses.replace(select, **{key: value for key, value in options.items() if key in names})

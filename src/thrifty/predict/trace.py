@@ -37,12 +37,7 @@ class Trace:
     work: Counter[str] = field(default_factory=Counter)
     saved: int = 0
     events: list[Allocation] = field(default_factory=list, repr=False)
-    passing: int = 0  # bytes that forward makes and frees again
     gradient_bytes: int = 0
-
-    def peak(self) -> int:
-        """The highest of all segments."""
-        return max(sum(kinds.values()) for kinds in self.peaks.values())
 
 
 def loss_plan(model: nn.Module) -> LossPlan:
@@ -87,7 +82,6 @@ def trace(job: Job, model: nn.Module, numbers: Sequence[int], *, probe: bool = F
         with mode, recomputed, ledger:
             with cast:
                 loss = copied(**batch).loss
-            result.passing = ledger.passing
             result.saved = ledger.live["activations"] + ledger.live["head"]
             ledger.enter(("head", 0), kind="working")
             if loss.requires_grad:

@@ -33,7 +33,6 @@ __all__ = ["compare_job", "estimate", "job_of"]
 
 _ROWS, _ACCUMULATION, _EPOCHS = 8, 1, 3.0  # transformers' own defaults
 _SOME_STEPS = 1000  # of a run that says neither its steps nor its data
-_WIDEST_EPOCHS = 1  # whose batches are looked at
 # what config.json of an embedded model says of its size, so that no wheel has to be fetched
 _EMBEDDED_SIZES = {
     "smollm2-135m": {

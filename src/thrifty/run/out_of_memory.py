@@ -50,7 +50,7 @@ def _this_device() -> Hardware:
 
 
 def _what_fits(job: Job, hardware: Hardware, memory_bytes: float) -> str:
-    found = largest_batch(job, hardware, memory_bytes)
+    found = largest_batch(job, hardware, memory_bytes, most=job.rows)
     if found is not None and found < job.rows:
         parts = -(-job.rows * job.accumulation // found)
         return (
@@ -58,8 +58,7 @@ def _what_fits(job: Job, hardware: Hardware, memory_bytes: float) -> str:
             f"gradient_accumulation_steps={parts} for the same step"
         )
     saving = dataclasses.replace(job, checkpointing=True)
-    if not job.checkpointing and (found := largest_batch(saving, hardware, memory_bytes)) is not None:
-        rows = min(found, job.rows)
+    if not job.checkpointing and (rows := largest_batch(saving, hardware, memory_bytes, most=job.rows)) is not None:
         return (
             f"the estimate for {gigabytes(memory_bytes)} is activation_checkpointing=true with "
             f"per_device_train_batch_size={rows}"
