@@ -13,7 +13,19 @@ from thrifty.core.registry import get
 from thrifty.run.about import describe
 from thrifty.run.config import DataConfig, EvalConfig, RunConfig
 
-NAMES = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "compare", "methods", "train"]
+NAMES = [
+    "Budget",
+    "Delta",
+    "Deltas",
+    "Method",
+    "Plan",
+    "add_tokens",
+    "attach",
+    "compare",
+    "estimate",
+    "methods",
+    "train",
+]
 METHODS = [
     "bitfit",
     "composable_sft",
@@ -48,6 +60,18 @@ VERBS = {
     "train": ["--from", "settings"],
     "validate": ["--step", "settings"],
     "eval": ["--delta", "--harness", "--harness-path", "model", "settings"],
+    "estimate": [
+        "--compare",
+        "--fit",
+        "--hardware",
+        "--json",
+        "--max-cost",
+        "--max-hours",
+        "--measure",
+        "--price",
+        "--watts",
+        "settings",
+    ],
     "export": ["--base", "--dtype", "--output", "--private", "--to-hub", "source"],
     "compare": [
         "--only",

@@ -11,12 +11,25 @@ if TYPE_CHECKING:
     from thrifty.core.plan import Plan
     from thrifty.core.registry import records as methods
     from thrifty.delta import Delta, Deltas, add_tokens
+    from thrifty.run.estimate import estimate
     from thrifty.run.train import train
     from thrifty.study.compare import compare
     from thrifty.update.tuning import attach
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Delta", "Deltas", "Method", "Plan", "add_tokens", "attach", "compare", "methods", "train"]
+__all__ = [
+    "Budget",
+    "Delta",
+    "Deltas",
+    "Method",
+    "Plan",
+    "add_tokens",
+    "attach",
+    "compare",
+    "estimate",
+    "methods",
+    "train",
+]
 
 # Loaded on first use, so that `import thrifty` and `thrifty --help` load neither torch nor transformers.
 _HOMES = {
@@ -28,6 +41,7 @@ _HOMES = {
     "add_tokens": ("thrifty.delta", "add_tokens"),
     "attach": ("thrifty.update.tuning", "attach"),
     "compare": ("thrifty.study.compare", "compare"),
+    "estimate": ("thrifty.run.estimate", "estimate"),
     "methods": ("thrifty.core.registry", "records"),
     "train": ("thrifty.run.train", "train"),
 }

@@ -17,6 +17,7 @@ from thrifty.core.errors import ThriftyError, nearest
 from . import verbs
 from .completion import SHELLS
 from .delta_verbs import add_delta_verbs
+from .estimate_verb import add_estimate_options
 
 __all__ = ["main", "parser"]
 
@@ -25,6 +26,7 @@ _OTHER_VERBS = {
     **dict.fromkeys(("evaluate", "test", "score"), "eval"),
     **dict.fromkeys(("merge", "save", "convert"), "export"),
     **dict.fromkeys(("study", "benchmark", "sweep", "report"), "compare"),
+    **dict.fromkeys(("cost", "memory", "predict", "plan"), "estimate"),
     **dict.fromkeys(("generate", "ask", "inference"), "chat"),
     **dict.fromkeys(("list", "ls", "method"), "methods"),
     **dict.fromkeys(("version", "info", "doctor"), "env"),
@@ -117,6 +119,10 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no run after so many minutes")
     compare.add_argument("--only", metavar="A,B", help="only these methods of the study")
     compare.add_argument("--retry-failed", action="store_true", help="make failed runs again")
+
+    estimate = verb("estimate", "Say what a run will cost before it starts: memory, time, money", verbs.estimate)
+    _settings(estimate, _SETTINGS)
+    add_estimate_options(estimate)
 
     chat = verb("chat", "Talk to a model, a model with a delta, or a finished run", verbs.chat)
     _model(chat)

@@ -16,6 +16,7 @@ __all__ = [
     "completion",
     "demo",
     "env",
+    "estimate",
     "evaluate",
     "export",
     "init",
@@ -136,6 +137,13 @@ def compare(arguments: argparse.Namespace) -> int:
     if not complete:
         print(f"runs are left to make: `thrifty compare {file}` goes on")
     return 0
+
+
+def estimate(arguments: argparse.Namespace) -> int:
+    from .estimate_verb import run_estimate
+
+    file, settings = _split(arguments.settings)
+    return run_estimate(arguments, file, settings)
 
 
 def chat(arguments: argparse.Namespace) -> int:

@@ -40,6 +40,7 @@ from .model import load_model, load_tokenizer
 from .new_tokens import grow, save_tokenizer
 from .objectives import parse_objective, refuse_unsupported
 from .order import row_order
+from .out_of_memory import advising
 from .probe_batches import check_text, probe_batches, probe_loss
 from .provenance import record_of
 from .repeat import differences
@@ -131,18 +132,19 @@ def _run(
     else:
         measure(model, config=_first_row(config.eval))
 
-    tuning, trainer = train_rows(
-        config,
-        args,
-        model=model,
-        rows=rows,
-        tokenizer=tokenizer,
-        new_tokens=new_tokens,
-        record=record,
-        checkpoint=checkpoint,
-        console=console,
-        stop=stop,
-    )
+    with advising(config):
+        tuning, trainer = train_rows(
+            config,
+            args,
+            model=model,
+            rows=rows,
+            tokenizer=tokenizer,
+            new_tokens=new_tokens,
+            record=record,
+            checkpoint=checkpoint,
+            console=console,
+            stop=stop,
+        )
     with no_progress_bars():  # whole tensors are read from the base once more
         delta = tuning.delta()
     delta.info = delta_info(config, trainer=trainer)

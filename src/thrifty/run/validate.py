@@ -80,7 +80,8 @@ def _look(report: Report, settings: Settings, *, step: bool) -> None:
         check_output(report, config)
     if model is not None and trained is not None:
         device = "cpu" if settings.args is None else settings.args.device.type
-        check_memory(report, config, model, trained=trained, device=device)
+        rows = [row for _, row in data.train] if data is not None else []
+        check_memory(report, config, model, trained=trained, device=device, rows=rows)
         check_disk(report, config, model, trained=trained)
     if step:
         report.section("one step")

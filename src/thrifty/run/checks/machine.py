@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -11,11 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from thrifty.core.budget import distinct_parameters
+from thrifty.core.errors import ThriftyError
+from thrifty.data.encode import Encoded
+from thrifty.predict.cost import estimate_job
+from thrifty.predict.hardware import find_hardware
 
 from ..arguments import keeps_best
 from ..checkpoint import claim, find_checkpoint
 from ..config import RunConfig
 from ..display import human_bytes
+from ..estimate import job_of
 from ..objectives import parse_objective
 from ..resumed import refuse_changes
 from .report import Report
@@ -26,17 +32,34 @@ _STATE = 16  # bytes for each trained number: its value, gradient and AdamW's tw
 _SAVED = 12  # of these, what a checkpoint keeps
 
 
-def check_memory(report: Report, config: RunConfig, model: PreTrainedModel, *, trained: int, device: str) -> None:
-    """The weights and what is trained against the memory there is; activations come on top."""
+def check_memory(
+    report: Report, config: RunConfig, model: PreTrainedModel, *, trained: int, device: str, rows: Sequence[Encoded]
+) -> None:
+    """The estimate against the memory there is. What is certain, weights and what is trained, is a problem where it does
+    not fit; what is estimated on top, with `rows` as they will be trained, a warning."""
     weights = distinct_parameters(model) * next(model.parameters()).element_size()
-    needed, free = weights + _STATE * trained, _free_memory(device)
+    certain, free = weights + _STATE * trained, _free_memory(device)
     parts = f"weights {human_bytes(weights)}, trained values with their state {human_bytes(_STATE * trained)}"
-    report.say(f"memory: {parts}, and activations; {human_bytes(free)} free on {device}")
-    if needed > free:
+    if certain > free:
         half = " dtype=bfloat16 halves the weights," if config.dtype == "float32" else ""
         report.problem(
             f"memory: {parts} do not fit into the {human_bytes(free)} that are free on {device}:{half} "
             "take a smaller budget or model, or a larger machine"
+        )
+        return
+    tokens = max(1, sum(len(row.input_ids) for row in rows))
+    read = [len(row.input_ids) for row in rows], sum(row.trained for row in rows) / tokens
+    try:
+        found = estimate_job(job_of(config, read=read), find_hardware("cpu" if device == "cpu" else None))
+    except ThriftyError as error:  # an objective or a plan whose steps are not modelled
+        report.say(f"memory: {parts}, and activations ({error}); {human_bytes(free)} free on {device}")
+        return
+    at = f"about {human_bytes(found.peak_bytes)} at its peak ({found.moment})"
+    report.say(f"memory: {parts}; {at}, {human_bytes(free)} free on {device}")
+    if found.peak_bytes > free:
+        report.warn(
+            f"memory: the run is estimated to need {at}, and {human_bytes(free)} are free on {device}: lower "
+            "per_device_train_batch_size or max_length, or set gradient_checkpointing=true; --step measures it"
         )
 
 

@@ -1,0 +1,69 @@
+"""Peaks and saved bytes that results/performance lacks: activation checkpointing, and longer rows.
+
+    PYTHONPATH=. python results/estimate/measure.py     # writes results/estimate/memory.json
+
+Each cell is a child of its own, forked after the libraries are loaded; bytes only, no seconds. One thread: on a busy
+machine steps are slow, their memory is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import keep_heap
+from benchmarks.steps import step_contender
+
+_FILE = Path(__file__).with_name("memory.json")
+_STEPS = 2
+_SMT = {"smt": {"scope": "per_matrix", "block_size": 64}}
+_LORA = {"peft": {"peft_type": "LORA", "r": 17, "lora_alpha": 34}}
+_CONTENDERS: tuple[dict[str, Any], ...] = (
+    {"name": "SMT 5 %", "kind": "method", "method": _SMT, "share": 0.05},
+    {"name": "LoRA r17", "kind": "method", "method": _LORA},
+    {"name": "full", "kind": "full"},
+)
+_SIZES = ({"rows": 4, "tokens": 128, "checkpointing": True}, {"rows": 1, "tokens": 512})
+
+
+def _measure(spec: dict[str, Any]) -> dict[str, Any]:
+    keep_heap()
+    contender = step_contender(spec)
+    contender.steps(_STEPS)
+    return {"spec": spec, **contender.record()}
+
+
+def _in_child(spec: dict[str, Any]) -> dict[str, Any]:
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        with os.fdopen(writing, "w") as file:
+            json.dump(_measure(spec), file)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        text = file.read()
+    os.wait()
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    done = json.loads(_FILE.read_text()) if _FILE.is_file() else []
+    for size in _SIZES:
+        for contender in _CONTENDERS:
+            spec = {**contender, "shape": "smollm2", **size}
+            if all(one["spec"] != spec for one in done):
+                done.append(_in_child(spec))
+                _FILE.write_text(json.dumps(done, indent=1) + "\n")
+                print(spec["name"], size, f"{done[-1]['peak_bytes'] / 2**20:,.0f} MiB", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
