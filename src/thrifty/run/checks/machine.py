@@ -35,8 +35,8 @@ _SAVED = 12  # of these, what a checkpoint keeps
 def check_memory(
     report: Report, config: RunConfig, model: PreTrainedModel, *, trained: int, device: str, rows: Sequence[Encoded]
 ) -> None:
-    """The estimate against the memory there is. What is certain, weights and what is trained, is a problem where it does
-    not fit; what is estimated on top, with `rows` as they will be trained, a warning."""
+    """The estimate against the memory there is: a problem where weights and what is trained do not fit, a warning where
+    the estimated peak, of `rows` as they will be trained, does not."""
     weights = distinct_parameters(model) * next(model.parameters()).element_size()
     certain, free = weights + _STATE * trained, _free_memory(device)
     parts = f"weights {human_bytes(weights)}, trained values with their state {human_bytes(_STATE * trained)}"
