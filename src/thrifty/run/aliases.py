@@ -93,6 +93,7 @@ _SHARDED = "sharding the model over processes is not supported yet"
 _LOSS = "the loss is computed in chunks without a full table of logits, and this option needs that table"
 _LIGER = "Liger's fused loss is taken on CUDA devices where liger-kernel is installed (pip install 'thrifty[liger]')"
 OWNED: dict[str, str] = {
+    "eval_on_start": "eval.before measures the model before training",
     "remove_unused_columns": "batches hold exactly what the model reads; other columns of the data are left alone",
     "label_names": "the labels are always `labels`, made from the answers in the data",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _VERBS),

@@ -96,8 +96,6 @@ def schedule_problems(config: RunConfig) -> Iterator[str]:
         yield "eval_steps needs data.eval: rows to evaluate on"
     if config.packing and config.training.get("train_sampling_strategy") == "sequential":
         yield "train_sampling_strategy: packing decides which rows meet, so sequential needs packing: false"
-    if config.training.get("eval_on_start"):
-        yield "eval_on_start is not to be set: eval.before measures the model before training"
     if config.training.get("load_best_model_at_end") and not evaluates:
         yield "load_best_model_at_end needs evaluations while training (eval_steps=50)"
     if keeps_best(config) and config.training.get("save_strategy", "steps") == "no":

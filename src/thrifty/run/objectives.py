@@ -160,7 +160,7 @@ def refuse_unsupported(config: RunConfig) -> None:
     for name, why in _NOT_YET.items():
         if given.get(name):
             raise ThriftyError(f"{name} does not go with objective {objective.name}: {why}")
-    if given.get("eval_steps") or given.get("eval_strategy", "no") != "no" or given.get("eval_on_start"):
+    if given.get("eval_steps") or given.get("eval_strategy", "no") != "no":
         raise ThriftyError(
             f"eval_steps does not go with objective {objective.name}: eval.before and what is measured after training "
             "tell what it did; leave out eval_strategy and eval_steps"

@@ -30,7 +30,7 @@ from .rows import Data, Found
 __all__ = ["try_step"]
 
 _UNITS = 2  # of the probe: enough for its memory
-_NOT_NOW = ("load_best_model_at_end", "save_steps", "num_train_epochs", "eval_on_start", "eval_delay")
+_NOT_NOW = ("load_best_model_at_end", "save_steps", "num_train_epochs", "eval_delay")
 
 
 def try_step(
