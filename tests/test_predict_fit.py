@@ -20,7 +20,7 @@ from thrifty.core.budget import Budget
 from thrifty.core.errors import ThriftyError
 from thrifty.core.method import parse_method
 from thrifty.predict.cost import estimate_job, on, traced
-from thrifty.predict.fit import fit_job, largest, parse_bytes, steps_within
+from thrifty.predict.fit import fit_job, largest, largest_batch, parse_bytes, steps_within
 from thrifty.predict.hardware import Hardware, find_hardware, hardware_names, save_hardware
 from thrifty.predict.heap import Heap
 from thrifty.predict.job import Job
@@ -73,7 +73,7 @@ def test_what_fits_fits_and_the_next_does_not() -> None:
         ]
         assert peaks[0] <= limit
         assert all(peak > limit for peak in peaks[1:])
-    assert fit_job(one, device, 1e6).rows is None  # not even the process
+    assert largest_batch(one, device, 1e6) is None  # not even the process
 
 
 def test_steps_within_hours_and_money() -> None:
