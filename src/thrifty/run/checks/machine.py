@@ -72,7 +72,7 @@ def _free_memory(device: str) -> int:
 def check_disk(report: Report, config: RunConfig, model: PreTrainedModel, *, trained: int) -> None:
     """Room for the checkpoints that a run keeps, one more while it is written, and the delta."""
     saves = config.training.get("save_strategy", "steps") != "no" and not parse_objective(config.objective).uses_trl
-    kept = (config.training.get("save_total_limit") or 1) + keeps_best(config) + 1 if saves else 0
+    kept = (config.training.get("save_total_limit") or 2) + keeps_best(config) + 1 if saves else 0
     checkpoints = kept * _SAVED * trained
     delta = 2 * trained * next(model.parameters()).element_size()
     place = _existing(Path(config.output_dir))
