@@ -64,6 +64,9 @@ def test_the_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
         furnish_readme(python)
     elif page.name == "deltas.md":
         furnish_deltas(commands, lambda line: command(line, monkeypatch))
+    elif page.name == "estimate.md":
+        values = "model: smollm2-135m\ndata: {train: requests.jsonl}\nbudget: 2%\nmax_steps: 3\n"
+        (commands / "run.yaml").write_text(values, encoding="utf-8")
     for block in blocks(page):
         monkeypatch.chdir(python if block.language == "python" else commands)
         if block.not_run:
