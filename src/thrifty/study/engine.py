@@ -27,6 +27,7 @@ from .spec import Spec
 __all__ = ["run_study"]
 
 _ERROR = re.compile(r"thrifty: |[A-Za-z_.]*(Error|Exception|Interrupt)\b")  # what a traceback ends with, or ours
+_ENDED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}  # not the run's own failure
 _WORK = "work"  # logs, and what a run writes until its record is there
 
 
@@ -195,6 +196,10 @@ class _Sitting:
             stopping = self.stopping
         shutil.rmtree(place, ignore_errors=True)
         if stopping:
+            return
+        if code in _ENDED:
+            self.say(f"{spec.name} was ended from outside: it left nothing, and begins anew in the next sitting")
+            self.stop()
             return
         if code != 0:
             self.fail(spec, _reason(code, log))
