@@ -222,7 +222,7 @@ MISTAKES = {
     ("finetune",): "did you mean `thrifty train`?",
     ("merge",): "did you mean `thrifty export`?",
     ("run.yaml", "max_steps=3"): "did you mean `thrifty train run.yaml max_steps=3`?",
-    ("train",): "see `thrifty train --help`",
+    ("train",): "name a run file, or give settings",
     ("train", "--max-steps=3", "run.yaml"): "settings are written without dashes: max_steps=...",
     ("train", "a.yaml", "b.yaml"): "one run file at a time: 'a.yaml' and 'b.yaml'",
     ("train", "none.yaml"): "none.yaml: no such file; `thrifty init` writes a run file",

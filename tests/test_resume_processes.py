@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from test_resume import stop_in
 from tiny_run import configuration, prepare
 
 from thrifty.core.errors import ThriftyError
+from thrifty.core.files import file_sha256
 from thrifty.run.checkpoint import checkpoints
 from thrifty.run.train import train
 
@@ -26,6 +28,9 @@ def made_by(folder: Path, processes: int, **changes: Any) -> dict[str, Any]:
     text = file.read_text(encoding="utf-8")
     assert text.count('"processes": 1') == 1
     file.write_text(text.replace('"processes": 1', f'"processes": {processes}'), encoding="utf-8")
+    sums = file.with_name("complete.json")
+    written = json.loads(sums.read_text(encoding="utf-8"))
+    sums.write_text(json.dumps(written | {file.name: [file.stat().st_size, file_sha256(file)]}), encoding="utf-8")
     return configuration(folder, save_steps=4, resume_from_checkpoint="auto", **changes)
 
 

@@ -45,7 +45,7 @@ def completion_script(shell: str) -> str:
             action.choices = ["show", *records()]
         elif action.dest in (*_FOLDERS, *_FILES) and action.choices is None:
             action.complete = shtab.DIRECTORY if action.dest in _FOLDERS else shtab.FILE  # type: ignore[attr-defined]
-    script: str = shtab.complete(top, shell=shell)
+    script: str = shtab.complete(top, shell)
     return script + _BASH_TAIL.format(entry="_shtab_thrifty") if shell == "bash" else script
 
 

@@ -30,7 +30,7 @@ def number(value: float | None, *, signed: bool = False) -> str:
         return ""
     if abs(value) < TINY:
         return "0"
-    digits = ".3g" if not 0.0001 <= abs(value) < 1000 else ".4f" if abs(value) < 0.01 else ".3f"
+    digits = ".3g" if not 0.001 <= abs(value) < 1000 else ".4f" if abs(value) < 0.01 else ".3f"
     return f"{value:{'+' if signed else ''}{digits}}"
 
 
