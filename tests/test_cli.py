@@ -217,7 +217,7 @@ def test_methods_and_env(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MISTAKES = {
-    (): "no verb given: one of demo, init, train, validate, eval, export, compare, chat, delta, methods, env",
+    (): "no verb given: one of demo, init, train, validate, eval, export, compare, estimate, chat, delta, methods, env",
     ("trian",): "unknown verb 'trian'; did you mean `thrifty train`?",
     ("finetune",): "did you mean `thrifty train`?",
     ("merge",): "did you mean `thrifty export`?",
