@@ -1,6 +1,11 @@
 """Every test runs on the CPU, without the hub, on one thread per process. Set before torch is first imported."""
 
 import os
+import signal
+
+# A shell that starts the tests in the background may have Ctrl-C ignored; runs are then left as they would be.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
