@@ -190,7 +190,7 @@ def test_too_little_memory_is_one_line(
     with pytest.raises(ThriftyError, match=said) as caught:
         train(configuration(folder, output_dir=str(tmp_path)))
     assert "\n" not in str(caught.value)
-    assert "gradient_checkpointing=true" in str(caught.value)
+    assert "_checkpointing=true" in str(caught.value)
 
 
 def test_an_error_that_is_not_memory_keeps_its_trace(
