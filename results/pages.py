@@ -10,9 +10,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from thrifty.study.compare import results_of
 from thrifty.study.config import load_study
-from thrifty.study.gather import read_results
-from thrifty.study.plan import done_and_planned
 from thrifty.study.records import read_records
 from thrifty.study.table import markdown
 
@@ -25,22 +24,15 @@ def block(match: re.Match[str]) -> str:
     """One study's conclusions and tables."""
     folder = HERE / match[2]
     options = dict(word.split("=") for word in match[3].split())
-    records = read_records(folder)
-    if not records:
+    if not read_records(folder):
         return f"{match[1]}\nNo run of this study is over yet.\n\n{match[4]}"
-    study = load_study(folder / "study.yaml")
-    there = {record.run_info["method"] for record in records.values()}
-    measured = {name for record in records.values() for name in record.train_info.get("measures", {})}
-    results = read_results(
-        folder,
-        main=study.measure if study.measure in measured else None,
-        baseline=study.baseline if study.baseline in there else None,
-    )
+    study = dataclasses.replace(load_study(folder / "study.yaml"), output_dir=str(folder))
+    results, planned = results_of(study)
     if "methods" in options:
         wanted = options["methods"].split(",")
         entries = tuple(entry for entry in results.entries if entry.method in wanted)
         results = dataclasses.replace(results, entries=entries, methods=tuple(wanted))
-    return f"{match[1]}\n{markdown(results, planned=done_and_planned(study, records))}\n{match[4]}"
+    return f"{match[1]}\n{markdown(results, planned=planned)}\n{match[4]}"
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from thrifty.core.errors import ThriftyError
 from thrifty.predict import measure as measuring
 from thrifty.run.config import load_config
 from thrifty.run.estimate import job_of
-from thrifty.run.out_of_memory import advising
+from thrifty.run.out_of_memory import memory_errors
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +129,9 @@ def test_a_measured_machine_is_kept(
 def test_out_of_memory_says_what_would_fit(folder: Path) -> None:
     config = load_config(configuration(folder))
     with (
-        pytest.raises(ThriftyError, match="out of memory in training: the estimate"),
-        advising(config),
+        pytest.raises(ThriftyError, match=r"out of memory \(asked for 2 GiB\): the estimate"),
+        memory_errors(config),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    with pytest.raises(RuntimeError, match="shapes"), advising(config):
+    with pytest.raises(RuntimeError, match="shapes"), memory_errors(config):
         raise RuntimeError("shapes do not match")

@@ -131,7 +131,7 @@ def test_data_that_cannot_be_read_yet(tmp_path: Path, content: str | None, capsy
 def test_a_model_that_does_not_fit_beside_much_else(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("thrifty.run.suggest._free_memory", lambda: 250_000)
+    monkeypatch.setattr("thrifty.run.suggest.free_memory", lambda device: 250_000)
     rows = [{"prompt": "1+1=", "completion": "2"}] * 20
     config, text = written(tmp_path, model, write(tmp_path / "rows.jsonl", rows))
     training = config.training

@@ -15,6 +15,7 @@ import pytest
 from made_study import final, make_study, run, write_run
 from PIL import Image
 
+from thrifty.study.gather import read_results
 from thrifty.study.report import write_report
 
 WIDTHS = (390, 1280)
@@ -97,7 +98,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder, final(EVIL, budget="2%", quality=0.3))
     write_run(folder, run("final", "lora", budget="2%", seed=7, error=f'</pre><img src="x" onerror="hacked=1">{EVIL}'))
     (folder / "study.yaml").write_text(f"methods: {{smt: smt}} # </pre></script>{EVIL}\n", encoding="utf-8")
-    return write_report(folder, planned=(54, 60))
+    return write_report(read_results(folder), folder, planned=(54, 60))
 
 
 @pytest.fixture(scope="module")

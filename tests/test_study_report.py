@@ -251,22 +251,23 @@ def test_labels_and_messages_are_escaped(tmp_path: Path) -> None:
     assert "<script>bad" not in text
 
 
-def test_the_report_is_written_whole_and_again(folder: Path) -> None:
-    first = write_report(folder, planned=(51, 51))
+def test_the_report_is_written_whole_and_again(folder: Path, results: Results) -> None:
+    first = write_report(results, folder, planned=(51, 51))
     assert first == folder / "report.html"
     before = first.read_text(encoding="utf-8")
-    assert write_report(folder, planned=(51, 51)).read_text(encoding="utf-8") == before  # the same draws each time
+    again = write_report(read_results(folder), folder, planned=(51, 51))
+    assert again.read_text(encoding="utf-8") == before  # the same draws each time
 
 
-def test_without_plotly_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_plotly_the_extra_is_named(folder: Path, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "plotly" else found(name, *a))
     for write in (write_report, write_plots):
         with pytest.raises(ThriftyError, match=r"plotly: pip install 'thrifty\[plots\]'"):
-            write(folder)
+            write(results, folder)
 
 
-def test_without_kaleido_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kaleido_the_extra_is_named(folder: Path, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def refuse(name: str, *rest: Any, **more: Any) -> Any:
@@ -276,13 +277,13 @@ def test_without_kaleido_the_extra_is_named(folder: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ThriftyError, match=r"kaleido: pip install 'thrifty\[plots\]'"):
-        write_plots(folder)
+        write_plots(results, folder)
 
 
-def test_without_a_browser_the_fix_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_browser_the_fix_is_named(folder: Path, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BROWSER_PATH", "/nowhere/chromium")
     with pytest.raises(ThriftyError, match=r"apt install chromium.*BROWSER_PATH"):
-        write_plots(folder)
+        write_plots(results, folder)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("chromium", "chrome", "google-chrome"))), reason="no Chromium or Chrome")
@@ -290,7 +291,7 @@ def test_plots_are_written_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("BROWSER_PATH", raising=False)  # found on PATH
     write_run(tmp_path, base())
     write_run(tmp_path, final("smt", measures={"loss": {"rows": [[1.0, 2.0]]}}, metrics=[]))
-    paths = write_plots(tmp_path)
+    paths = write_plots(read_results(tmp_path), tmp_path)
     assert [path.name for path in paths] == [
         "plateau-snips.png", "seconds-snips.png", "memory-snips.png", "chosen-snips-smt-1pct.png",
     ]  # fmt: skip

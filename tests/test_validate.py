@@ -234,7 +234,7 @@ def test_samples_show_what_is_trained(ready: Path) -> None:
 
 
 def test_memory_and_disk(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_free_memory", lambda device: 100_000)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 100_000)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1, 1, 1000))
     report, _ = look(ready)
     assert has(report.problems, "memory: weights 136.1 KiB", "do not fit into the 97.7 KiB", "dtype=bfloat16 halves")

@@ -116,8 +116,9 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from thrifty.study.compare import compare_study, write_evidence
+    from thrifty.study.compare import write_evidence
     from thrifty.study.config import load_study
+    from thrifty.study.engine import run_study
 
     file, settings = _split(arguments.settings)
     if file is None:
@@ -125,7 +126,7 @@ def compare(arguments: argparse.Namespace) -> int:
     study = load_study(file, settings)
     complete = True
     if not arguments.report:
-        complete = compare_study(
+        complete = run_study(
             study,
             workers=arguments.workers,
             threads=arguments.threads,

@@ -10,11 +10,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from ..core.errors import ThriftyError, unknown
 from ..core.files import disk_errors, write_text
+from ..core.memory import total_memory
 
 __all__ = ["Hardware", "find_hardware", "hardware_names", "save_hardware"]
 
@@ -35,7 +35,7 @@ class Hardware:
         slack: what the allocator holds beyond what lives, as a share of all that comes and goes in a step.
         heap: of a processor, whose allocator is a heap without a cache: `settled` of `heap.Heap`; 0: there is none.
         framework_gb: what the process holds before the model.
-        memory_gb: 10^9 bytes; 0: this machine's.
+        memory_gb: 10^9 bytes; 0: what a process on this machine may take.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Hardware:
 
     @property
     def memory_bytes(self) -> float:
-        return 1e9 * self.memory_gb if self.memory_gb else float(psutil.virtual_memory().total)
+        return 1e9 * self.memory_gb if self.memory_gb else float(total_memory())
 
     def seconds(self, work: Mapping[str, float]) -> dict[str, float]:
         """Of `work` as a Ledger counts it, by part: products, attention, memory, calls."""

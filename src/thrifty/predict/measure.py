@@ -6,10 +6,10 @@ import statistics
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 import torch.nn.functional as F
 
+from ..core.memory import total_memory
 from .hardware import Hardware, find_hardware
 
 __all__ = ["measure"]
@@ -22,16 +22,15 @@ _SECONDS = 1.5  # of each measurement; with the first, unmeasured calls all take
 
 def measure() -> Hardware:
     """The profile of this machine: its accelerator where there is one, else its processor. Under 30 seconds."""
-    on_gpu = torch.accelerator.is_available()
+    on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     rates = {name: _products(device, dtype) for name, dtype in dtypes.items()}
     attention = _attention(device)
     if on_gpu:
-        _, total = torch.cuda.mem_get_info()
-        name, memory = torch.cuda.get_device_name(), total
+        name, memory = torch.cuda.get_device_name(), total_memory("cuda")
     else:
-        name, memory = f"this processor, {torch.get_num_threads()} threads", psutil.virtual_memory().total
+        name, memory = f"this processor, {torch.get_num_threads()} threads", total_memory()
     rates["float16"] = rates["bfloat16"] if on_gpu else rates["float32"]
     return Hardware(
         name="measured",

@@ -1,70 +1,83 @@
-"""When memory runs out in training: one line that says what the estimate finds would fit."""
+"""A machine that has too little memory: one line that says what the estimate finds would fit."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from thrifty.core.errors import ThriftyError
+from thrifty.core.memory import total_memory
 from thrifty.predict.fit import largest_batch
 from thrifty.predict.hardware import Hardware, find_hardware
 from thrifty.predict.job import Job
 from thrifty.predict.table import gigabytes
 
 from .config import RunConfig
+from .display import human_bytes
 from .estimate import job_of
 
-__all__ = ["advising"]
+__all__ = ["memory_errors"]
 
-_CPU_WORDS = ("can't allocate memory", "not enough memory")  # of PyTorch's allocator for the processor
+_ALLOCATOR = re.compile(r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory")
+_ASKED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
 
 
 @contextmanager
-def advising(config: RunConfig) -> Iterator[None]:
-    """Turn an allocator's failure inside into a ThriftyError with what would fit."""
+def memory_errors(config: RunConfig) -> Iterator[None]:
+    """Inside, memory that an allocator refuses is a ThriftyError that says what would fit, or what needs less."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _CPU_WORDS):
+    except (MemoryError, RuntimeError) as error:
+        ours = isinstance(error, MemoryError | torch.OutOfMemoryError) or _ALLOCATOR.search(str(error))
+        if not ours:
             raise
-        raise ThriftyError(f"out of memory in training: {_advice(config)}") from error
+        raise ThriftyError(f"out of memory{_asked(str(error))}: {_advice(config)}") from error
+
+
+def _asked(said: str) -> str:
+    found = _ASKED.search(said)
+    if found is None:
+        return ""
+    return f" (asked for {human_bytes(int(found[1])) if found[2] == 'bytes' else ' '.join(found.groups())})"
 
 
 def _advice(config: RunConfig) -> str:
     try:
-        job = job_of(config)
         hardware = _this_device()
-        return _what_fits(job, hardware, hardware.memory_bytes)
-    except ThriftyError as error:  # the advice must not hide what happened
-        return f"lower per_device_train_batch_size or set activation_checkpointing=true ({error})"
+        return _what_fits(job_of(config), hardware, hardware.memory_bytes)
+    except (ThriftyError, MemoryError, RuntimeError):  # the advice must not hide what happened
+        return _needs_less(int(config.training.get("per_device_train_batch_size", 8)))
+
+
+def _needs_less(rows: int) -> str:
+    return (
+        f"lower per_device_train_batch_size (now {rows}; gradient_accumulation_steps keeps the rows of a step), "
+        "max_length or budget, or give activation_checkpointing=true"
+    )
 
 
 def _this_device() -> Hardware:
-    if not torch.accelerator.is_available():
+    if not torch.cuda.is_available():
         return find_hardware()
-    _, total = torch.cuda.mem_get_info()
-    return dataclasses.replace(find_hardware("a100-40gb"), name="this device", memory_gb=total / 1e9)
+    memory = total_memory("cuda") / 1e9
+    return dataclasses.replace(find_hardware("a100-40gb"), name="this device", memory_gb=memory)
 
 
 def _what_fits(job: Job, hardware: Hardware, memory_bytes: float) -> str:
-    found = largest_batch(job, hardware, memory_bytes, most=job.rows)
-    if found is not None and found < job.rows:
+    found, memory = largest_batch(job, hardware, memory_bytes, most=job.rows), gigabytes(memory_bytes)
+    if found == job.rows:
+        return f"the estimate for {memory} says that it fits: free what else takes memory, or {_needs_less(job.rows)}"
+    if found is not None:
         parts = -(-job.rows * job.accumulation // found)
         return (
-            f"the estimate for {gigabytes(memory_bytes)} is per_device_train_batch_size={found} with "
+            f"the estimate for {memory} is per_device_train_batch_size={found} with "
             f"gradient_accumulation_steps={parts} for the same step"
         )
     saving = dataclasses.replace(job, checkpointing=True)
     if not job.checkpointing and (rows := largest_batch(saving, hardware, memory_bytes, most=job.rows)) is not None:
-        return (
-            f"the estimate for {gigabytes(memory_bytes)} is activation_checkpointing=true with "
-            f"per_device_train_batch_size={rows}"
-        )
-    if found is None:
-        return (
-            f"not even one row is estimated to fit into {gigabytes(memory_bytes)}: lower max_length, or dtype=bfloat16"
-        )
-    return f"the estimate says that it fits into {gigabytes(memory_bytes)}: something else holds memory on this device"
+        return f"the estimate for {memory} is activation_checkpointing=true with per_device_train_batch_size={rows}"
+    return f"not even one row is estimated to fit into {memory}: lower max_length, or dtype=bfloat16"

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from thrifty.core.budget import distinct_parameters
 from thrifty.core.errors import ThriftyError
+from thrifty.core.memory import free_memory
 from thrifty.data import CONVERTERS, Example, Judged, Source, answer, encoded_rows, examples_in, options, shape_of
 from thrifty.data.readers import Row, read_rows
 
@@ -197,7 +197,7 @@ def _lengths(
 
 def _size(made: Suggestion, model: PreTrainedModel) -> None:
     """dtype and batch by a rule of thumb: weights in a quarter of the memory, activations in half of it."""
-    numbers, free = distinct_parameters(model), _free_memory()
+    numbers, free = distinct_parameters(model), free_memory("cuda" if torch.cuda.is_available() else "cpu")
     made.seen.append(f"{type(model).__name__}, {numbers:,} numbers; {human_bytes(free)} of memory free")
     half = 4 * numbers > free / 4
     if half:
@@ -214,12 +214,6 @@ def _size(made: Suggestion, model: PreTrainedModel) -> None:
         made.put("gradient_accumulation_steps", _ROWS // batch)
     if row > free / 2:
         made.put("gradient_checkpointing", True)
-
-
-def _free_memory() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _steps(made: Suggestion, *, rows: int) -> None:

@@ -40,13 +40,12 @@ from .model import load_model, load_tokenizer
 from .new_tokens import grow, save_tokenizer
 from .objectives import parse_objective, refuse_unsupported
 from .order import row_order
-from .out_of_memory import advising
+from .out_of_memory import memory_errors
 from .probe_batches import check_text, probe_batches, probe_loss
 from .provenance import record_of
 from .repeat import differences
 from .resumed import refuse_changes, warn_of_processes
 from .rows import Rows, check_fits, load_rows, order_of, origins_of, packed_rows
-from .shortage import memory_errors
 from .stop import Stop
 from .summary import delta_info, describe_data, make_summary, print_result
 from .trainer import Row, ThriftyTrainer
@@ -90,7 +89,7 @@ def run_training(config: RunConfig, *, console: Console | None = None, repeats: 
     output = Path(args.output_dir)
     check_text(config)
     try:
-        with Stop() as stop, memory_errors(args), locked(output) if args.should_save else nullcontext():
+        with Stop() as stop, memory_errors(config), locked(output) if args.should_save else nullcontext():
             return _run(config, args, console=console, stop=stop, repeats=repeats)
     except (KeyboardInterrupt, SystemExit):
         console.print(stopped(output, saves=args.save_strategy != SaveStrategy.NO), highlight=False, soft_wrap=True)
@@ -132,19 +131,18 @@ def _run(
     else:
         measure(model, config=_first_row(config.eval))
 
-    with advising(config):
-        tuning, trainer = train_rows(
-            config,
-            args,
-            model=model,
-            rows=rows,
-            tokenizer=tokenizer,
-            new_tokens=new_tokens,
-            record=record,
-            checkpoint=checkpoint,
-            console=console,
-            stop=stop,
-        )
+    tuning, trainer = train_rows(
+        config,
+        args,
+        model=model,
+        rows=rows,
+        tokenizer=tokenizer,
+        new_tokens=new_tokens,
+        record=record,
+        checkpoint=checkpoint,
+        console=console,
+        stop=stop,
+    )
     with no_progress_bars():  # whole tensors are read from the base once more
         delta = tuning.delta()
     delta.info = delta_info(config, trainer=trainer)

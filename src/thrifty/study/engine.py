@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from thrifty.core.errors import ThriftyError
+from thrifty.core.errors import ThriftyError, unknown
 from thrifty.core.files import write_json, write_text
 
 from .config import Study
-from .plan import done_and_planned, hopeless, ready, specs
+from .measures import check as check_measures
+from .plan import check, done_and_planned, hopeless, ready, specs
 from .records import RUNS, read_records, write_record
 from .spec import Spec
 
@@ -41,7 +42,7 @@ def run_study(
     retry_failed: bool = False,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Make the runs that the study's folder lacks. Returns whether none is left to make.
+    """Check every run's configuration, then make the runs that the study's folder lacks. Whether none is left to make.
 
     Args:
         workers: runs side by side; each takes `threads` threads (by default its part of the processors).
@@ -52,6 +53,15 @@ def run_study(
     Several sittings may work in one folder: a run that another one makes is passed over. Ctrl-C ends the runs under
     way, which leave nothing.
     """
+    for name, value in (("--workers", workers), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise ThriftyError(f"{name} must be 1 or more, not {value}")
+    for label in only:
+        if label not in study.methods:
+            raise ThriftyError(f"--only: {unknown('method of this study', label, study.methods)}")
+    for name, task in study.tasks.items():
+        check_measures(task.measures, where=f"tasks.{name}.measures")
+    check(study)
     folder = Path(study.output_dir)
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
     kept = folder / "study.yaml"
@@ -68,7 +78,8 @@ def run_study(
     done, planned = done_and_planned(study, read_records(folder))
     say(f"{study.name}: {done} of {planned} runs are over; {workers} side by side, {threads} threads each -> {folder}")
     crew = [threading.Thread(target=sitting.work, daemon=True) for _ in range(workers)]
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    main = threading.current_thread() is threading.main_thread()  # no other may set what signals do
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT) if main}
     try:
         for worker in crew:
             worker.start()
@@ -120,7 +131,7 @@ class _Sitting:
         (self.work_folder / ".gitignore").write_text("*\n")
         self.ends = None if stop_after is None else time.monotonic() + 60 * stop_after
         self.lock = threading.Lock()
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.running: dict[str, subprocess.Popen[bytes] | None] = {}  # None until it has begun
         self.stopping = False
         self.error: BaseException | None = None
 
@@ -163,7 +174,7 @@ class _Sitting:
                 if (self.folder / RUNS / f"{spec.name}.json").exists():  # made since the records were read
                     lock.close()
                     continue
-                self.running[spec.name] = None  # type: ignore[assignment]
+                self.running[spec.name] = None
                 return spec, lock
         return None
 

@@ -6,7 +6,7 @@ import html
 import importlib.resources
 import importlib.util
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from markupsafe import Markup
 
 from ..core.errors import ThriftyError
 from ..core.files import disk_errors, write_text
-from .gather import read_results
 from .measures import better
 from .plots import Plot, plots
 from .rates import written
@@ -30,23 +29,11 @@ __all__ = ["write_plots", "write_report"]
 REPORT, PLOTS, STUDY = "report.html", "plots", "study.yaml"
 
 
-def write_report(
-    folder: Path,
-    *,
-    planned: tuple[int, int] | None = None,
-    main: str | Mapping[str, str] | None = None,
-    baseline: str | None = None,
-) -> Path:
+def write_report(results: Results, folder: Path, *, planned: tuple[int, int] | None = None) -> Path:
     """Write `report.html` into a study's folder, finished or not, and return its path.
 
-    Args:
-        planned: runs that are over, and runs in all, where that is known.
-        main: the main measure, of all tasks or by task (`read_results`).
-        baseline: what others are compared with (`read_results`).
-
-    ThriftyError for a folder without records, an unknown measure or baseline, and where plotly is not installed.
+    `planned`: runs that are over, and runs in all, where that is known. ThriftyError where plotly is not installed.
     """
-    results = read_results(folder, main=main, baseline=baseline)
     study = folder / STUDY
     text = page(results, planned=planned, study=study.read_text(encoding="utf-8") if study.is_file() else "")
     path = folder / REPORT
@@ -79,15 +66,12 @@ def page(results: Results, *, planned: tuple[int, int] | None = None, study: str
     )
 
 
-def write_plots(
-    folder: Path, *, main: str | Mapping[str, str] | None = None, baseline: str | None = None
-) -> list[Path]:
+def write_plots(results: Results, folder: Path) -> list[Path]:
     """Write the report's plots as `plots/*.png` into a study's folder, for papers; their paths.
 
     kaleido draws them in Chrome or Chromium, found on PATH or through the variable BROWSER_PATH. ThriftyError where
     plotly, kaleido or the browser is missing.
     """
-    results = read_results(folder, main=main, baseline=baseline)
     library = _plotly_file()
     try:
         import kaleido

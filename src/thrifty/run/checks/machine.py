@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-import torch
 from transformers import PreTrainedModel
 
 from thrifty.core.budget import distinct_parameters
 from thrifty.core.errors import ThriftyError
+from thrifty.core.memory import free_memory
 from thrifty.data.encode import Encoded
 from thrifty.predict.cost import estimate_job
 from thrifty.predict.hardware import find_hardware
@@ -38,7 +37,7 @@ def check_memory(
     """The estimate against the memory there is: a problem where weights and what is trained do not fit, a warning where
     the estimated peak, of `rows` as they will be trained, does not."""
     weights = distinct_parameters(model) * next(model.parameters()).element_size()
-    certain, free = weights + _STATE * trained, _free_memory(device)
+    certain, free = weights + _STATE * trained, free_memory(device)
     parts = f"weights {human_bytes(weights)}, trained values with their state {human_bytes(_STATE * trained)}"
     if certain > free:
         half = " dtype=bfloat16 halves the weights," if config.dtype == "float32" else ""
@@ -61,12 +60,6 @@ def check_memory(
             f"memory: the run is estimated to need {at}, and {human_bytes(free)} are free on {device}: lower "
             "per_device_train_batch_size or max_length, or set gradient_checkpointing=true; --step measures it"
         )
-
-
-def _free_memory(device: str) -> int:
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
 
 
 def check_disk(report: Report, config: RunConfig, model: PreTrainedModel, *, trained: int) -> None:
