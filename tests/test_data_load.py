@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from thrifty.core.errors import ThriftyError
-from thrifty.data import Example, Source, answer, load, options, with_answer
+from thrifty.data import Example, Source, answer, load, with_answer
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 SHAPES = {
@@ -44,14 +44,14 @@ def test_shapes_of_conversations(tmp_path, shape):
 
 def test_other_shapes(tmp_path):
     pair = one(tmp_path, {"prompt": "Q:", "completion": " A", "choices": ["A", "B"]})
-    assert (pair.prompt, pair.completion, pair.messages, options(pair)) == ("Q:", " A", None, ["A", "B"])
+    assert (pair.prompt, pair.completion, pair.messages, pair.choices) == ("Q:", " A", None, ["A", "B"])
     assert with_answer(pair, "B").completion == " B"
     assert one(tmp_path, {"text": "a document"}).text == "a document"
     full = one(tmp_path, {"instruction": "add", "input": "1 2", "output": "3", "system": "Be brief"})
     assert full.messages[0] == {"role": "system", "content": "Be brief"}
     assert full.messages[1]["content"] == "add\n\n1 2"
     arc = one(tmp_path, {"prompt": "Q", "completion": "x", "choices": {"text": ["x", "y"], "label": ["A", "B"]}})
-    assert options(arc) == ["x", "y"]
+    assert arc.choices == ["x", "y"]
 
 
 def test_tool_calls_and_tools(tmp_path):

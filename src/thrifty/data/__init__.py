@@ -23,7 +23,7 @@ from thrifty.data.encode import (
 )
 from thrifty.data.pack import PackedRows, pack
 from thrifty.data.preferences import CONVERTERS, Judged, one_form
-from thrifty.data.shapes import Example, answer, options, shape_of, with_answer
+from thrifty.data.shapes import Example, answer, shape_of, with_answer
 from thrifty.data.source import Source, examples_in, load
 from thrifty.data.template import chat_template
 from thrifty.data.units import units
@@ -50,7 +50,6 @@ __all__ = [
     "load",
     "nothing_trained",
     "one_form",
-    "options",
     "pack",
     "prompt_and_reference",
     "report_of",

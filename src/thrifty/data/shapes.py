@@ -14,7 +14,6 @@ __all__ = [
     "Example",
     "answer",
     "named_fields",
-    "options",
     "prompted",
     "shape_of",
     "to_example",
@@ -102,11 +101,6 @@ def with_answer(example: Example, text: str) -> Example:
     # A completion's leading space belongs to the join with its prompt, whatever the option.
     space = example.completion[: len(example.completion) - len(example.completion.lstrip())]
     return replace(example, completion=space + text.lstrip())
-
-
-def options(example: Example) -> list[str] | None:
-    """The options that the row itself offers (its `choices`), or None."""
-    return example.choices
 
 
 def shape_of(row: Any, *, origin: str = "row", columns: Mapping[str, str] | None = None) -> str:
@@ -292,9 +286,7 @@ def _choices(fields: Mapping[str, Any], origin: str) -> list[str] | None:
     if value is None or value == "":
         return None
     value = _parsed(value, name="choices", origin=origin)
-    if (
-        isinstance(value, Mapping) and "text" in value
-    ):  # the form of ARC and OpenBookQA: {"text": [...], "label": [...]}
+    if isinstance(value, Mapping) and "text" in value:  # ARC's and OpenBookQA's {"text": [...], "label": [...]}
         value = value["text"]
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(choice, str) for choice in value):
         raise ThriftyError(f"{origin}: field 'choices' is not a list of at least two texts")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
-from .checkpoint import Checkpoint, remove_old, write_checkpoint
+from .checkpoint import Checkpoint, remove_old, whole_or_refuse, write_checkpoint
 from .schedule import schedule_state
 from .state import load_optimizer_state, load_scheduler_state, optimizer_state, random_state, set_random_state
 
 if TYPE_CHECKING:
     from .trainer import ThriftyTrainer
 
-__all__ = ["load_optimizer_and_scheduler", "load_random", "load_running", "save_checkpoint"]
+__all__ = ["load_optimizer_and_scheduler", "load_random", "load_running", "note_result", "save_checkpoint"]
 
 
 def save_checkpoint(trainer: ThriftyTrainer) -> None:
@@ -43,6 +43,18 @@ def save_checkpoint(trainer: ThriftyTrainer) -> None:
         )
         remove_old(folder.parent, keep=trainer.args.save_total_limit or None)
     trainer.accelerator.wait_for_everyone()
+
+
+def note_result(trainer: ThriftyTrainer, *, best: bool) -> None:
+    """After training: put back the best values if they are the result, and note which step's values are left."""
+    trainer.clock.pause()
+    trainer.peak_memory_bytes = max(trainer.meter.peak(), trainer.record.get("peak_memory_bytes", 0))
+    trainer.result_step = trainer.state.global_step
+    if best and trainer.state.best_global_step not in (None, trainer.state.global_step):
+        trainer.result_step = trainer.state.best_global_step
+        checkpoint = Checkpoint(Path(trainer.args.output_dir) / f"checkpoint-{trainer.result_step}")
+        whole_or_refuse(checkpoint, what="whose values are the best")
+        trainer._load_from_checkpoint(str(checkpoint.folder))
 
 
 def _measured(trainer: ThriftyTrainer) -> dict[str, Any]:

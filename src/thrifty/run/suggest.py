@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from thrifty.core.budget import distinct_parameters
 from thrifty.core.errors import ThriftyError
 from thrifty.core.memory import free_memory
-from thrifty.data import CONVERTERS, Example, Judged, Source, answer, encoded_rows, examples_in, options, shape_of
+from thrifty.data import CONVERTERS, Example, Judged, Source, answer, encoded_rows, examples_in, shape_of
 from thrifty.data.readers import Row, read_rows
 
 from .display import human_bytes
@@ -162,7 +162,7 @@ def _measures(made: Suggestion, held_out: Sequence[Example]) -> None:
     distinct = sorted(set(answers))
     few = 2 <= len(distinct) <= _FEW_OPTIONS and len(answers) >= 5 * len(distinct)
     few = few and all(len(text) <= _OPTION_CHARACTERS and text.isprintable() for text in distinct)
-    own = [options(example) for example in held_out]
+    own = [example.choices for example in held_out]
     given = None if any(own) or not few else distinct
     if given or any(own):
         try:

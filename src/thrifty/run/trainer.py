@@ -15,12 +15,10 @@ from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from thrifty.objective.heads import unwrapped
-from thrifty.objective.next_token import installed_plan
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning
 
-from .checkpoint import Checkpoint, whole_or_refuse
+from .checkpoint import Checkpoint
 from .eval_loss import EvalLoss
 from .guards import Guards, refuse_lost_loss
 from .memory import Clock, MemoryMeter
@@ -281,24 +279,6 @@ class ThriftyTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with (saved := Checkpoint(Path(resume_from_checkpoint))).reading():
             restore(self.tuning, saved)
-
-    def note_result(self, *, best: bool) -> None:
-        """After training: put back the best values if they are the result, and note which step's values are left."""
-        self.clock.pause()
-        self.peak_memory_bytes = max(self.meter.peak(), self.record.get("peak_memory_bytes", 0))
-        self.result_step = self.state.global_step
-        if best and self.state.best_global_step not in (None, self.state.global_step):
-            self.result_step = self.state.best_global_step
-            checkpoint = Checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.result_step}")
-            whole_or_refuse(checkpoint, what="whose values are the best")
-            self._load_from_checkpoint(str(checkpoint.folder))
-
-    def unwrap(self) -> None:
-        """Take accelerate's autocast off the model's forward."""
-        own = self.model.__dict__
-        if installed_plan(self.model) is not None and "forward" in own and self.model is not unwrapped(self.model):
-            own.pop("forward")
-            own.pop("_original_forward", None)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from thrifty.core.errors import ThriftyError
-from thrifty.data import Example, answer, encode_options, options
+from thrifty.data import Example, answer, encode_options
 
 from .losses import sum_losses
 
@@ -43,7 +43,7 @@ def option_lists(
     shared = [text.strip() for text in given] if given else None
     found = []
     for example in examples:
-        own = options(example)
+        own = example.choices
         if own is None and shared is None:
             shared = _distinct_answers(among, example)
         texts = [text.strip() for text in own] if own is not None else list(shared or ())
