@@ -152,6 +152,27 @@ def test_the_probe_counts() -> None:
     assert 0.4 * found.step.saved < found.probe.saved < 1.6 * found.step.saved  # twice the rows, half of the layers
 
 
+def test_cores_between_subspaces_are_counted_with_their_subspaces() -> None:
+    one = dataclasses.replace(job("llama", "gradient_axes", optimizer="muon"), budget=Budget.parse(0.05))
+    found = traced(one)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(one.config)
+    probed = {key: value for key, value in batch().items() if key != "shift_labels"}
+    tuning = thrifty.attach(model, one.method, batches=[probed], budget=one.budget)
+    install(tuning.model, loss_plan(tuning.model))
+    parts = [part for module in model.modules() for part in getattr(module, "_thrifty", {}).values()]
+    sides = [side for part in parts for side in (part.left, part.right)]
+    assert found.trained == tuning.trainable_parameters == sum(p.numel() for p in tuning.parameters())
+    assert found.beside == sum(x.nbytes for x in (*sides, *tuning.parameters()))
+    optimizer = tuning.optimizer(learning_rate=1e-2)
+    loss_of(tuning.model, batch()).backward()
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor) and v.ndim]
+    assert state_bytes(one, found.trained_bytes) == sum(v.nbytes for v in states)
+    assert found.probe is not None
+    assert found.probe.saved > found.step.saved  # of the weights that are trained, all inputs; of cores, narrow ones
+
+
 def test_a_method_that_cannot_be_told_without_gradients_says_so() -> None:
     with pytest.raises(ThriftyError, match="TopRotated"):
         traced(job("llama", "sparsegrad"))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.budget import distinct_parameters
 from .grow import allocations, grow
@@ -17,13 +17,22 @@ from .heap import Event, beyond
 from .job import Job
 from .ledger import Segment
 from .placing import attach
-from .skeleton import build, weight_bytes
+from .skeleton import build, tensors_of, weight_bytes
 from .trace import Trace
 
 __all__ = ["Estimate", "Traced", "estimate_job", "on", "state_bytes", "traced"]
 
 # bytes of optimizer state for each byte of trained values (float32); AdamW's two moments where a name is not here
-_STATE = {"sgd": 0.0, "adafactor": 0.01, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0, "galore": 0.5, "8bit": 0.5}
+_STATE = {
+    "sgd": 0.0,
+    "adafactor": 0.01,
+    "lion": 1.0,
+    "muon": 1.0,
+    "rmsprop": 1.0,
+    "adagrad": 1.0,
+    "galore": 0.5,
+    "8bit": 0.5,
+}
 _STEP_PASSES = 7.0  # of AdamW over a trained number: value, gradient, two moments read; value, two moments written
 
 
@@ -36,7 +45,7 @@ class Traced:
     trained: int  # numbers
     weights: int  # bytes of the base model
     trained_bytes: int  # of the leaves
-    beside: int  # leaves and original values that lie beside the base's weights
+    beside: int  # leaves, original values and subspaces that lie beside the base's weights
     step: Trace
     mean: Trace
     probe: Trace | None
@@ -108,7 +117,7 @@ def traced(job: Job, *, heap: bool = False, probe: bool = True) -> Traced:
         trained=sum(p.numel() for p in leaves),
         weights=weights,
         trained_bytes=sum(p.nbytes for p in leaves),
-        beside=weight_bytes(model_) - weights + _originals(model_),
+        beside=weight_bytes(model_) - weights + _held_by_parts(model_),
         step=step,
         mean=mean,
         probe=None if bare is None else grow(job, bare, probe=True),
@@ -117,10 +126,9 @@ def traced(job: Job, *, heap: bool = False, probe: bool = True) -> Traced:
     )
 
 
-def _originals(model: nn.Module) -> int:
+def _held_by_parts(model: nn.Module) -> int:
     parts = {id(part): part for m in model.modules() for part in getattr(m, "_thrifty", {}).values()}
-    kept = [part.__dict__.get("original") for part in parts.values()]
-    return sum(values.nbytes for values in kept if isinstance(values, Tensor))
+    return sum(held.nbytes for part in parts.values() for held in tensors_of(part).values())
 
 
 def estimate_job(job: Job, hardware: Hardware, *, price: float | None = None, watts: float | None = None) -> Estimate:

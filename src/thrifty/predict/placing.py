@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from ..core.errors import ThriftyError
 from ..core.method import Method
 from ..core.plan import Plan
+from ..core.projected import Projected
 from ..core.region import Region
 from ..select.attributed import LowestAttributed
+from ..select.axes import GradientAxes
 from ..select.blocks import TopBlocks
 from ..select.compose import budgets
 from ..select.entries import TopEntries
@@ -79,6 +81,10 @@ def draw(model: nn.Module, method: Method, budget: Any) -> Plan:
     """The plan, what gradients would decide drawn at random."""
     regions: dict[str, Region] = {}
     for select, limit in budgets(method, model, budget):
+        if isinstance(select, GradientAxes):
+            shapes = {name: p.shape for name, p in model.named_parameters()}
+            regions |= {name: _axes(shapes[name], core) for name, core in select.cores(model, limit).items()}
+            continue
         stand_in = _stand_in(select)
         if isinstance(stand_in, TopEntries):
             _refuse_too_many(stand_in, model, limit)
@@ -92,6 +98,14 @@ def draw(model: nn.Module, method: Method, budget: Any) -> Plan:
             plan = dataclasses.replace(stand_in, scope="global").select(model, probe=probe, budget=limit, seed=0)
         regions |= dict(plan)
     return Plan.of(model, regions)
+
+
+def _axes(shape: torch.Size, core: tuple[int, int]) -> Projected:
+    """Subspaces without values."""
+    return Projected(
+        torch.empty(shape[0], core[0], device="meta"),
+        torch.empty(core[1], shape[1], device="meta"),
+    )
 
 
 def _stand_in(select: Any) -> Any:

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..core.errors import ThriftyError
 from .job import Job
 
-__all__ = ["build", "cut", "fake", "layers_of", "quiet", "weight_bytes"]
+__all__ = ["build", "cut", "fake", "layers_of", "quiet", "tensors_of", "weight_bytes"]
 
 
 def build(job: Job) -> PreTrainedModel:
@@ -110,10 +110,15 @@ def fake(model: nn.Module) -> list[Tensor]:
                 if tensor is not None:
                     held[key] = one(tensor)  # type: ignore[assignment]
         for part in getattr(module, "_thrifty", {}).values():
-            own = part.__dict__.get("original")
-            if isinstance(own, Tensor) and own.device.type == "meta":
-                part.original = one(own)
+            for key, own in tensors_of(part).items():
+                if own.device.type == "meta":
+                    setattr(part, key, one(own))
     return list(made.values())
+
+
+def tensors_of(part: Any) -> dict[str, Tensor]:
+    """What a part holds beside its leaf and its weight: original values, subspaces."""
+    return {key: value for key, value in vars(part).items() if isinstance(value, Tensor)}
 
 
 @contextmanager

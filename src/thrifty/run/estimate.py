@@ -81,6 +81,7 @@ def job_of(config: RunConfig, *, read: tuple[list[int], float] | None = None) ->
     parts = int(given.get("gradient_accumulation_steps", _ACCUMULATION))
     autocast = "bfloat16" if given.get("bf16") else "float16" if given.get("fp16") else None
     checkpointing = given.get("activation_checkpointing", given.get("gradient_checkpointing", False))
+    method = parse_method(config.method)
     model = _model_config(config)
     lengths, labels = _lengths(config) if read is None else read
     shape = _shape(config, lengths, rows=rows, parts=parts)
@@ -89,7 +90,7 @@ def job_of(config: RunConfig, *, read: tuple[list[int], float] | None = None) ->
         shape["length"] = min(shape["length"], positions)
     return Job(
         config=model,
-        method=parse_method(config.method),
+        method=method,
         budget=config.budget,
         rows=min(rows, len(lengths)) if lengths else rows,
         accumulation=parts,
@@ -97,7 +98,9 @@ def job_of(config: RunConfig, *, read: tuple[list[int], float] | None = None) ->
         dtype=DTYPES[config.dtype],
         autocast=None if autocast is None else DTYPES[autocast],
         checkpointing=bool(checkpointing),
-        optimizer=str(given.get("optim", "adamw_torch_fused")),
+        optimizer=str(
+            given.get("optim") or (type(method.steps).__name__ if method.steps else "adamw_torch_fused")
+        ).lower(),
         probe_rows=config.probe_rows,
         probe_units=config.probe_units,
         trust_remote_code=config.trust_remote_code,

@@ -84,6 +84,12 @@ class GradientAxes:
         """ThriftyError where no matrix matches, or the budget buys no core, or less than `r` asks for."""
         self._rank(self._targets(model), model, budget)
 
+    def cores(self, model: nn.Module, budget: Budget | None) -> dict[str, tuple[int, int]]:
+        """The shape of each matrix's core: whatever the gradient is."""
+        found = self._targets(model)
+        r = self._rank(found, model, budget)
+        return {name: (min(r, target.shape[0]), min(r, target.shape[1])) for name, target in found.items()}
+
     def select(self, model: nn.Module, *, probe: Probe | None, budget: Budget | None, seed: int) -> Plan:
         """The plan: never more than the budget."""
         assert probe is not None
