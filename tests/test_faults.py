@@ -6,7 +6,10 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +194,28 @@ def test_too_little_memory_is_one_line(
         train(configuration(folder, output_dir=str(tmp_path)))
     assert "\n" not in str(caught.value)
     assert "_checkpointing=true" in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's address space")
+def test_a_process_with_too_little_memory_says_what_fits(folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "1+1=", "completion": "2" * 40}] * 4096
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    limited = """if True:
+        import resource, sys
+        import psutil
+        from thrifty.cli.main import main
+        import thrifty.run.train, transformers.models.llama.modeling_llama
+        limit = psutil.Process().memory_info().vms + 200 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        sys.exit(main(sys.argv[1:]))
+    """
+    values = configuration(folder, per_device_train_batch_size=4096, output_dir=str(tmp_path / "out"))
+    values["data"] = {"train": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "run.yaml").write_text(json.dumps(values | {"eval": {}}))
+    command = [sys.executable, "-c", limited, "train", str(tmp_path / "run.yaml")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 2, found.stderr
+    assert re.fullmatch(r"thrifty: out of memory \(asked for .*\): .*\n", found.stderr), found.stderr
 
 
 def test_an_error_that_is_not_memory_keeps_its_trace(
