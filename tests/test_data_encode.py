@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 
 import data_tokenizers as kinds
 import pytest
@@ -282,3 +283,23 @@ def test_windows_hold_the_text_once(tmp_path_factory, text, length, adds_start):
         assert [row["input_ids"] for row in rows] == found
         assert report.rows == len(found)
         assert report.supervised_tokens == report.tokens - report.rows
+
+
+def test_a_template_without_end_is_refused(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    example = Example(messages=messages, origin="a:1")
+    loop = "{% for i in range(99999) %}"
+    tokenizer.chat_template = loop * 3 + "{% endfor %}" * 3
+    monkeypatch.setattr("thrifty.data.template._SECONDS", 0.2)
+    mine, timer = signal.signal(signal.SIGALRM, signal.SIG_IGN), signal.getitimer(signal.ITIMER_REAL)
+    try:
+        with pytest.raises(ThriftyError, match="takes longer than 0 s for one row"):
+            encode(example, tokenizer, max_length=50)
+        assert signal.getsignal(signal.SIGALRM) == signal.SIG_IGN  # as it was
+        assert signal.getitimer(signal.ITIMER_REAL) == pytest.approx(timer, abs=5)
+    finally:
+        signal.signal(signal.SIGALRM, mine)
+    tokenizer.chat_template = "{{ 'a' * 20000001 }}"
+    with pytest.raises(ThriftyError, match=r"20,000,001 characters of a row"):
+        encode(example, tokenizer, max_length=50)

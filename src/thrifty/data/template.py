@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -47,9 +51,30 @@ _RAISED = (
     MemoryError,
     RuntimeError,
     SyntaxError,
+    TimeoutError,
     TypeError,
     ValueError,
 )
+_SECONDS, _CHARACTERS = 10.0, 20_000_000  # at most, of one conversation
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """TimeoutError in what takes longer inside; in the main thread, where the system has timers."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _too_long)
+    left = signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise TimeoutError(f"it takes longer than {_SECONDS:.0f} s for one row")
 
 
 @dataclass(frozen=True)
@@ -142,16 +167,20 @@ class Renderer:
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
         """The conversation as text; with `prompt`, up to where the model begins to write its answer."""
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                chat_template=self.source(tools),
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
+            with _time_limit():
+                text: str = self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools or None,
+                    chat_template=self.source(tools),
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                )
         except _RAISED as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ThriftyError(f"the chat template refuses the conversation: {reason}") from error
+        if len(text) > _CHARACTERS:
+            raise ThriftyError(f"the chat template makes {len(text):,} characters of a row, more than {_CHARACTERS:,}")
+        return text
 
     def answers(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, first: int = 0
