@@ -1,6 +1,8 @@
-"""Peaks and saved bytes that results/performance lacks: activation checkpointing, and longer rows.
+"""Peaks and saved bytes that results/performance lacks: activation checkpointing, and longer rows; and of all cells
+whose steps it can make, the peak of what lives, as PyTorch's own allocator counts it (on a GPU that is
+`torch.cuda.max_memory_allocated`).
 
-    PYTHONPATH=. python results/estimate/measure.py     # writes results/estimate/memory.json
+    PYTHONPATH=. python results/estimate/measure.py     # writes results/estimate/memory.json and live.json
 
 Each cell is a child of its own, forked after the libraries are loaded; bytes only, no seconds. One thread: on a busy
 machine steps are slow, their memory is the same.
@@ -11,15 +13,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import keep_heap
 from benchmarks.steps import step_contender
+from results.estimate.grade import cells
 
-_FILE = Path(__file__).with_name("memory.json")
+_FILE, _LIVE = (Path(__file__).with_name(name) for name in ("memory.json", "live.json"))
 _STEPS = 2
 _SMT = {"smt": {"scope": "per_matrix", "block_size": 64}}
 _LORA = {"peft": {"peft_type": "LORA", "r": 17, "lora_alpha": 34}}
@@ -38,11 +44,25 @@ def _measure(spec: dict[str, Any]) -> dict[str, Any]:
     return {"spec": spec, **contender.record()}
 
 
-def _in_child(spec: dict[str, Any]) -> dict[str, Any]:
+def _measure_live(spec: dict[str, Any]) -> dict[str, Any]:
+    """The peak, the model's weights included, from before it is built to the end of the second step."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step_contender(spec).steps(_STEPS)
+    events = list(profiler.profiler.kineto_results.experimental_event_tree())
+    peak = 0
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            peak = max(peak, event.extra_fields.total_allocated)
+    return {"spec": spec, "live_peak_bytes": peak}
+
+
+def _in_child(measure: Callable[[dict[str, Any]], dict[str, Any]], spec: dict[str, Any]) -> dict[str, Any]:
     reading, writing = os.pipe()
     if os.fork() == 0:
         with os.fdopen(writing, "w") as file:
-            json.dump(_measure(spec), file)
+            json.dump(measure(spec), file)
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as file:
@@ -59,9 +79,15 @@ def main() -> int:
         for contender in _CONTENDERS:
             spec = {**contender, "shape": "smollm2", **size}
             if all(one["spec"] != spec for one in done):
-                done.append(_in_child(spec))
+                done.append(_in_child(_measure, spec))
                 _FILE.write_text(json.dumps(done, indent=1) + "\n")
                 print(spec["name"], size, f"{done[-1]['peak_bytes'] / 2**20:,.0f} MiB", flush=True)
+    live = json.loads(_LIVE.read_text()) if _LIVE.is_file() else []
+    for spec in (cell["spec"] for cell in cells() if "trainer" not in cell["spec"]):
+        if all(one["spec"] != spec for one in live):
+            live.append(_in_child(_measure_live, spec))
+            _LIVE.write_text(json.dumps(live, indent=1) + "\n")
+            print(spec["name"], spec["shape"], f"{live[-1]['live_peak_bytes'] / 2**20:,.0f} MiB alive", flush=True)
     return 0
 
 

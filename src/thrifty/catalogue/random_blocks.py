@@ -24,6 +24,7 @@ def random_blocks(
     block_size: BlockSize = "auto",
     target_modules: str | Sequence[str] = "all-linear",
     input_budget: float | str | None = None,
+    spread: bool = False,
 ) -> Method:
     """Train, in place, blocks chosen at random by the seed.
 
@@ -32,6 +33,11 @@ def random_blocks(
     it tells how much of another method's result is due to where it trains.
     """
     select = TopBlocks(
-        score="random", scope=scope, block_size=block_size, target_modules=target_modules, input_budget=input_budget
+        score="random",
+        scope=scope,
+        block_size=block_size,
+        target_modules=target_modules,
+        input_budget=input_budget,
+        spread=spread,
     )
     return Method(name="random_blocks", parts=(Part(select=select, update=InPlace()),))

@@ -27,6 +27,7 @@ def smt(
     block_size: BlockSize = "auto",
     target_modules: str | Sequence[str] = "all-linear",
     input_budget: float | str | None = None,
+    spread: bool = False,
     reselect_every: int | None = None,
 ) -> Method:
     """Train, in place, only the blocks of the weights whose gradients are largest.
@@ -48,7 +49,12 @@ def smt(
     quantized.
     """
     select = TopBlocks(
-        score=score, scope=scope, block_size=block_size, target_modules=target_modules, input_budget=input_budget
+        score=score,
+        scope=scope,
+        block_size=block_size,
+        target_modules=target_modules,
+        input_budget=input_budget,
+        spread=spread,
     )
     schedule = None if reselect_every is None else Every(period=reselect_every, key="reselect_every")
     return Method(name="smt", parts=(Part(select=select, update=InPlace()),), schedule=schedule)

@@ -18,6 +18,7 @@ from .inputs import Input, kept_inputs, same_inputs, strip_linears
 from .layers import Layers
 from .pick import SCOPES, check_order, group_of, pick
 from .probe import INPUT_STATISTICS, STATISTICS, Probe, check_inputs
+from .spread import spread_scores
 from .strip_first import Strips, check_input_budget, columns_of
 from .targets import Target, targets
 
@@ -85,6 +86,8 @@ class TopBlocks:
     backward may keep. Then strips of an input, as wide as a block, come first, by the sum of the statistic over all
     matrices that read the input, within the same scope (of inputs for `per_matrix`); then blocks inside them. Stacked
     experts, tied weights and the output head keep their whole input in any case: their blocks are not restricted.
+
+    spread: within each matrix every strip of outputs and of inputs gets a block before any gets a second (`spread.py`).
     """
 
     score: str = "abs_grad"
@@ -94,6 +97,7 @@ class TopBlocks:
     input_budget: float | str | None = None
     layers: Layers = None
     order: str = "highest"
+    spread: bool = False
 
     def __post_init__(self) -> None:
         if self.score not in (*_SCORES, _RANDOM):
@@ -101,6 +105,8 @@ class TopBlocks:
         if self.scope not in SCOPES:
             raise ThriftyError(unknown("scope", str(self.scope), SCOPES))
         check_order(self.order)
+        if self.spread and (self.scope != "per_matrix" or self.input_budget is not None):
+            raise ThriftyError("spread places blocks in each matrix: it needs scope per_matrix, and no input_budget")
         block_shape(self.block_size, Target("", (1, 1)), numbers=1)
         if self.input_budget is not None:
             share_of(self.input_budget, key="input_budget")
@@ -146,6 +152,7 @@ class TopBlocks:
         chosen = targets(model, self.target_modules, layers=self.layers)
         generator = torch.Generator().manual_seed(seed)
         scores: dict[str, Tensor] = {}
+        total = sum(int(count.sum()) for count in counts.values())
         for name, count in counts.items():
             if self.score == _RANDOM:
                 scores[name] = torch.rand(count.shape, generator=generator, dtype=torch.float64)
@@ -153,6 +160,8 @@ class TopBlocks:
                 assert probe is not None
                 mean = self._mean(probe, chosen[name], parameters[name], grid=grids[name], count=count)
                 scores[name] = -mean if self.order == "lowest" else mean
+            if self.spread:
+                scores[name] = spread_scores(scores[name], share=budget.numbers(model) / total)
         inputs: Sequence[Input] = () if probe is None else probe.inputs
         inside = {name: torch.ones(count.shape, dtype=torch.bool) for name, count in counts.items()}
         if self.input_budget is not None:
