@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,9 +51,29 @@ def test_bash_completes(bash: Path) -> None:
     assert completed(bash, "thrifty completion ") == ["bash", "zsh", "fish"]
 
 
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
+def test_fish_completes(tmp_path: Path) -> None:
+    (tmp_path / "thrifty.fish").write_text(completion_script("fish"), encoding="utf-8")
+    (tmp_path / "run.yaml").touch()
+    lines = ("thrifty val", "thrifty delta comp", "thrifty methods show random_b", "thrifty train run.yaml max_st")
+    asked = "; ".join(["source thrifty.fish", *(f'complete -C "{line}"' for line in (*lines, "thrifty train run"))])
+    done = subprocess.run(["fish", "-c", asked], capture_output=True, text=True, cwd=tmp_path, check=False)
+    found = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    assert found == ["validate", "compress", "random_blocks", "max_steps=", "run_name=", "run.yaml"], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+def test_zsh_takes_the_script(tmp_path: Path) -> None:
+    (tmp_path / "thrifty.zsh").write_text(completion_script("zsh"), encoding="utf-8")
+    load = 'autoload -Uz compinit; compinit -u -D; eval "$(cat thrifty.zsh)"'
+    asked = f"{load}; print $_comps[thrifty]; whence -w $_comps[thrifty]"
+    done = subprocess.run(["zsh", "-f", "-c", asked], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout == "_shtab_thrifty\n_shtab_thrifty: function\n", done.stderr
+    assert not done.stderr
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_every_shell_gets_verbs_and_keys(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only bash is there to run its script."""
     assert main(["completion", shell]) == 0
     out = capsys.readouterr().out
     for word in ("validate", "harness", "random_blocks", "max_steps=", "eval.exact_match="):
