@@ -25,13 +25,14 @@ from scipy.optimize import lsq_linear
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 DOC = ROOT / "docs/estimate.md"
-TRACED = HERE / "traced.json"
+TRACED, LIVE = HERE / "traced.json", HERE / "live.json"
 FILES = ("steps", "llama", "qwen", "tokens", "share", "block", "snips", "gsm8k", "memory")
 BEGIN, END = "<!-- grade.py writes from here -->", "<!-- to here -->"
 SETTLED = (0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)  # of the heap; the best on the calibrating cells is taken
 NEVER = "qwen"
 LEFT_OUT = ("0.1%", "0.5%", "2.0%", "10.0%", "block 16", "block 32", "block 128", "columns")  # alike their neighbours
 SORTS = ("products.float32", "products.bfloat16", "bytes", "mapped", "calls")
+LIMITS = {"peak of what lives": 0.1, "resident peak": 0.1, "saved for backward": 0.1, "step time": 0.2}
 FASTEST = {"bytes": 2.5e-11, "calls": 5e-6}  # seconds: 40 GB/s, and less than any call was seen to take
 PASSES = 7.0  # as cost.py counts the optimizer
 
@@ -50,6 +51,14 @@ def cells() -> Iterator[dict[str, Any]]:
                 yield {"file": name, **found}
     for found in json.loads((HERE / "memory.json").read_text()):
         yield {"file": "new", **found}
+
+
+def alive(row: Mapping[str, Any]) -> int | None:
+    """Measured bytes alive at the peak, beyond the weights."""
+    for one in json.loads(LIVE.read_text()):
+        if one["spec"] == row["cell"]["spec"]:
+            return int(one["live_peak_bytes"]) - int(row["weights"])
+    return None
 
 
 def _known(spec: Mapping[str, Any]) -> bool:
@@ -71,11 +80,14 @@ def trace_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
     found = traced(job, heap=True, probe="trainer" in cell["spec"])
     cpu = find_hardware("cpu")
     peaks = {str(s): on(found, dataclasses.replace(cpu, heap=s)) for s in SETTLED}
+    alive = on(found, dataclasses.replace(cpu, heap=0.0, slack=0.0))
     return {
         "work": dict(found.mean.work),
         "optimizer": PASSES * found.trained_bytes,
         "saved": found.step.saved,
         "peaks": {share: one.beyond_weights_bytes for share, one in peaks.items()},
+        "alive": alive.beyond_weights_bytes,
+        "weights": found.weights,
         "moment": peaks["0.4"].moment,
         "trained": found.trained,
     }
@@ -193,9 +205,11 @@ def graded() -> list[dict[str, Any]]:
     return rows
 
 
-def _line(row: Mapping[str, Any], rates: Mapping[str, float]) -> tuple[str, float, float | None, float | None]:
+def _line(row: Mapping[str, Any], rates: Mapping[str, float]) -> tuple[str, list[float | None]]:
+    """A line of the table, and the errors in the order of LIMITS."""
     cell, spec = row["cell"], row["cell"]["spec"]
-    peak = row["peak"] / cell["peak_bytes"] - 1
+    lives, peak = alive(row), row["peak"] / cell["peak_bytes"] - 1
+    living = None if lives is None else row["alive"] / lives - 1
     saved = row["saved"] / cell["saved_bytes"] - 1 if cell.get("saved_bytes") else None
     time = None
     if row["seconds"]:
@@ -206,14 +220,15 @@ def _line(row: Mapping[str, Any], rates: Mapping[str, float]) -> tuple[str, floa
         spec["name"] + (f" ({kind.strip()})" if kind.strip() else ""),
         f"{row['shape']}, {where}",
         "yes" if row["calibrates"] else "",
+        "" if lives is None else f"{lives / 2**20:,.0f}",
+        "" if living is None else _signed(living, 0.1),
         f"{cell['peak_bytes'] / 2**20:,.0f}",
-        f"{row['peak'] / 2**20:,.0f}",
         _signed(peak, 0.1),
         "" if saved is None else _signed(saved, 0.1),
         "" if row["seconds"] is None else f"{row['seconds']:.2f}",
         "" if time is None else _signed(time, 0.2),
     ]
-    return "| " + " | ".join(cells_) + " |", peak, saved, time
+    return "| " + " | ".join(cells_) + " |", [living, peak, saved, time]
 
 
 def _signed(share: float, limit: float) -> str:
@@ -221,14 +236,14 @@ def _signed(share: float, limit: float) -> str:
     return f"**{text}**" if abs(share) > limit else text
 
 
-def _summary(errors: Mapping[str, list[float]], limits: Mapping[str, float]) -> list[str]:
+def _summary(errors: Mapping[str, list[float]]) -> list[str]:
     lines = []
     for name, found in errors.items():
         if found:
-            inside = sum(abs(e) <= limits[name] for e in found)
+            inside = sum(abs(e) <= LIMITS[name] for e in found)
             worst = max(found, key=abs)
             lines.append(
-                f"- {name}: {inside} of {len(found)} within {100 * limits[name]:.0f} %, median error "
+                f"- {name}: {inside} of {len(found)} within {100 * LIMITS[name]:.0f} %, median error "
                 f"{100 * statistics.median(map(abs, found)):.1f} %, worst {100 * worst:+.1f} %"
             )
     return lines
@@ -239,22 +254,23 @@ def main() -> int:
     rates, settled = fit(rows), fit_heap(rows)
     for row in rows:
         row["peak"] = row["peaks"][settled]
-    head = "| method | model, batch | calibrates | peak MiB | estimated | error | saved, error | s | error |"
-    lines = [head, "|" + "---|" * 9]
-    limits = {"resident peak": 0.1, "saved for backward": 0.1, "step time": 0.2}
+    head = (
+        "| method | model, batch | calibrates | alive MiB | error | resident MiB | error | saved, error | s | error |"
+    )
+    lines = [head, "|" + "---|" * 10]
     groups: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        line, *errors = _line(row, rates)
+        line, errors = _line(row, rates)
         lines.append(line)
         which = "a shape never used" if row["shape"] == NEVER else "calibrating" if row["calibrates"] else "graded"
-        group = groups.setdefault(which, {name: [] for name in limits})
-        for name, error in zip(limits, errors):
+        group = groups.setdefault(which, {name: [] for name in LIMITS})
+        for name, error in zip(LIMITS, errors, strict=True):
             if error is not None:
                 group[name].append(error)
     text = [BEGIN, ""]
     for which in ("graded", "a shape never used", "calibrating"):
         if which in groups:
-            text += [f"{which[0].upper()}{which[1:]}:", "", *_summary(groups[which], limits), ""]
+            text += [f"{which[0].upper()}{which[1:]}:", "", *_summary(groups[which]), ""]
     units = ", ".join(f"{sort} {value:.3g} s" for sort, value in rates.items())
     text += [*lines, "", f"Seconds of one FLOP, byte or call: {units}. Share of settled ends: {settled}.", "", END]
     before, _, rest = DOC.read_text().partition(BEGIN)
