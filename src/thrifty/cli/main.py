@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--private", action="store_true", help="with --to-hub: not for everyone to see")
 
     compare = verb("compare", "Compare methods under equal conditions, and report which one pays", verbs.compare)
-    _settings(compare, "a study file or the folder of a study, and settings over it: seeds=[0,1]", count="+")
+    _settings(compare, "a study file or the folder of a study, and settings over it: seeds=[0,1]")
     compare.add_argument("--report", action="store_true", help="run nothing: write the report of what is there")
     compare.add_argument("--png", action="store_true", help="write the plots as PNG files too")
     compare.add_argument("--workers", type=int, default=1, metavar="N", help="runs side by side (1)")

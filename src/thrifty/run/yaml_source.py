@@ -117,8 +117,13 @@ def _dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
-def read_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> Document:
-    """A YAML file's or a mapping's values. ThriftyError for what cannot be read, and for keys given twice."""
+def read_document(
+    source: str | os.PathLike[str] | Mapping[str, Any] | None,
+    *,
+    start: str = "`thrifty init` writes a run file to start from",
+) -> Document:
+    """A YAML file's or a mapping's values. ThriftyError for what cannot be read, and for keys given twice; `start`:
+    what helps where there is no file yet."""
     if source is None:
         return Document()
     if isinstance(source, Mapping):
@@ -129,7 +134,7 @@ def read_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> 
             raise ThriftyError(f"{path}: has {path.stat().st_size:,} bytes, more than a run file can: is it data?")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ThriftyError(f"{path}: no such file; `thrifty init` writes a run file to start from") from None
+        raise ThriftyError(f"{path}: no such file; {start}") from None
     except IsADirectoryError:
         inside = path / "run.yaml"
         hint = f"; did you mean {inside}?" if inside.is_file() else ""
@@ -140,7 +145,7 @@ def read_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> 
         raise ThriftyError(f"{path}: cannot be read: {error.strerror}") from None
     values, places = _parse(text, name=str(path), numbered=True)
     if values is None:
-        raise ThriftyError(f"{path}: the file is empty; `thrifty init` writes a run file to start from")
+        raise ThriftyError(f"{path}: the file is empty; {start}")
     if not isinstance(values, dict):
         raise ThriftyError(f"{path}:1: a run file is a mapping of `key: value` lines, not {short(values)}")
     return Document(values=values, places=places, name=str(path))

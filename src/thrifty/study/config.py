@@ -138,7 +138,7 @@ def load_study(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Se
         overrides = [f"output_dir={source}", *overrides]
     else:
         name = Path(source).stem
-    document = read_document(found)
+    document = read_document(found, start="docs/compare.md shows a study file to start from")
     apply_overrides(document, overrides)
     reader = _Reader(document, name=name, file=None if isinstance(found, Mapping) else Path(found))
     if reader.file is not None and not overrides:
