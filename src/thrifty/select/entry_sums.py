@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.processes import sum_over_processes
 from ..kernels.region_grad import block_sums
 
 __all__ = ["ENTRY_GRID", "EntrySums"]
@@ -43,6 +44,15 @@ class EntrySums:
         kept += values.numpy()
         self._file.seek(4 * start)
         kept.tofile(self._file)
+
+    def merge(self) -> None:
+        """Replace the sums by those over all processes, a few numbers in memory at a time."""
+        for start in range(0, self.shape.numel(), _CHUNK):
+            here = self._numbers(start, min(_CHUNK, self.shape.numel() - start))
+            sum_over_processes(here)
+            self._any = self._any or bool(here.any())
+            self._file.seek(4 * start)
+            here.numpy().tofile(self._file)
 
     def any(self) -> bool:
         """Is any number other than zero?"""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ThriftyError
+from ..core.processes import sum_over_processes
 from .entry_sums import EntrySums
 from .inputs import strip_linears
 
@@ -75,6 +76,13 @@ class InputSums:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def merge(self) -> None:
+        """Replace the sums by those over all processes."""
+        for squares in self.squares.values():
+            sum_over_processes(squares)
+        for products in self.products.values():
+            products.merge()
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ThriftyError
 from ..core.heap import trim_heap
+from ..core.processes import processes, rank, sum_over_processes, together
 from ..data.units import units
 from ..kernels.region_grad import block_sums
 from .attribution import ATTRIBUTIONS, attribute
@@ -85,6 +86,23 @@ class Probe:
             sums = sums.read() if self.grids[name] == ENTRY_GRID else sums.absolute_blocks(self.grids[name])
         value = sums / (self.units * sizes.to(sums.device))
         return _finite(value.abs(), statistic, name)
+
+    def merge(self, read: InputSums) -> None:
+        """Replace all sums by those over all processes, and the number of units; attributions are no sums."""
+        if processes() == 1:
+            return
+        count = torch.tensor([float(self.units)], dtype=torch.float64)
+        sum_over_processes(count)
+        self.units = round(count.item())
+        for found in self.sums.values():
+            for sums in found.values():
+                if isinstance(sums, EntrySums):
+                    sums.merge()
+                else:
+                    sum_over_processes(sums)
+        for side in {id(side): side for side in self.sides.values()}.values():
+            side.merge()
+        read.merge()
 
     def of_inputs(self, statistic: str, target: Target, weight: Tensor, *, grid: tuple[int, int]) -> Tensor:
         """Sum over the numbers of each block of a statistic in INPUT_STATISTICS: n or |w| n, where n is the norm over
@@ -184,7 +202,10 @@ def run_probe(
     loss: Loss = model_loss,
     rows: int = 4,
 ) -> Probe:
-    """Collect `statistics` of the parameters in `grids` (name -> block shape) over `batches`."""
+    """Collect `statistics` of the parameters in `grids` (name -> block shape) over `batches`.
+
+    Several processes (torch.distributed) share the units out and add their sums up, so each is given the same batches.
+    """
     start, probe, wanted = time.perf_counter(), Probe(), sorted(statistics)
     trim_heap()
     if set(wanted) & set(ATTRIBUTIONS):
@@ -195,6 +216,7 @@ def run_probe(
         return probe
     device = next(model.parameters()).device
     hooks: list[Any] = []
+    others: dict[str, Any] | None = None
     with_sides = SIDES in wanted
     read, wanted = InputSums(model, grids, wanted), [s for s in wanted if s in STATISTICS]
     backward = bool(wanted) or with_sides
@@ -220,6 +242,7 @@ def run_probe(
     probe.grids = dict(grids)
     probe.sums = {s: {n: _zeros(parameters[n], grid, statistic=s) for n, grid in grids.items()} for s in wanted}
     with (
+        together("it looked at its part of the batches"),
         _only(model, grids if backward else ()) as chosen,
         watch_inputs(model, grids) as inputs,
         recomputed_layers(model),
@@ -227,7 +250,10 @@ def run_probe(
     ):
         try:
             hooks = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in chosen.items()]
-            for moved in _labelled(batches, rows=rows, device=device):
+            for number, moved in enumerate(_labelled(batches, rows=rows, device=device)):
+                if number % processes() != rank():
+                    others = moved
+                    continue
                 with read.watch(moved):  # not in backward, where a layer may run again
                     value = loss(model, moved)
                 if backward:
@@ -235,9 +261,13 @@ def run_probe(
                 probe.units += 1
                 del value
                 trim_heap()  # units of other lengths would leave holes of other sizes
+            if not probe.units and others is not None:  # fewer units than processes
+                with torch.no_grad():
+                    loss(model, others)  # shows which layers read the same input
         finally:
             for hook in hooks:
                 hook.remove()
+    probe.merge(read)
     probe.inputs, probe.input_squares, probe.covariances = inputs(), read.squares, read.products
     if probe.units == 0:
         raise ThriftyError(_NO_LABEL)

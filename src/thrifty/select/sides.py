@@ -34,6 +34,11 @@ class SideSums:
             _add_product(self.rows, g)
             _add_product(self.columns, g.t())
 
+    def merge(self) -> None:
+        """Replace the sums by those over all processes."""
+        self.rows.merge()
+        self.columns.merge()
+
     def any(self) -> bool:
         """Is any number other than zero?"""
         return self.rows.any()

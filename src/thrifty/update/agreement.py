@@ -11,15 +11,11 @@ from torch import distributed, nn
 
 from ..core.errors import ThriftyError
 from ..core.plan import Plan
+from ..core.processes import meeting_place, processes
 
-__all__ = ["agreeing", "processes"]
+__all__ = ["agreeing"]
 
 _DIGEST = hashlib.sha256().digest_size
-
-
-def processes() -> int:
-    """How many train together."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 @contextmanager
@@ -36,7 +32,7 @@ def agreeing(model: nn.Module) -> Iterator[Callable[[Plan], None]]:
     finally:
         if processes() > 1:
             digest = bytes.fromhex(proposed[0].digest()) if proposed else bytes(_DIGEST)  # zeros: no plan
-            found = _gathered(digest, device=_device(model))
+            found = _gathered(digest, device=meeting_place(next(model.parameters()).device))
     if not all(any(other) for other in found):
         raise ThriftyError("another process could not choose a plan: its own message says why")
     if any(other != found[0] for other in found):
@@ -51,10 +47,3 @@ def _gathered(digest: bytes, *, device: torch.device) -> list[list[int]]:
     others = [torch.empty_like(own) for _ in range(processes())]
     distributed.all_gather(others, own)
     return [other.tolist() for other in others]
-
-
-def _device(model: nn.Module) -> torch.device:
-    device = next(model.parameters()).device
-    if device.type == "cpu" and distributed.get_backend() == "nccl":  # attached before it is moved
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

@@ -15,11 +15,12 @@ from ..core.entries import Entries
 from ..core.errors import ThriftyError
 from ..core.method import Method
 from ..core.plan import Plan, plan_from_files, plan_to_files
+from ..core.processes import processes
 from ..core.region import Blocks, Whole
 from ..delta import Delta, Piece
 from ..select.compose import compose
 from ..select.token_rows import with_token_rows
-from .agreement import agreeing, processes
+from .agreement import agreeing
 from .carry import Leaf, carry_leaf, held, leaves_of, swap
 from .part import leaf_dtype
 from .place import take_off
