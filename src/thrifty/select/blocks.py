@@ -26,8 +26,8 @@ __all__ = ["AUTO_SIZES", "SCOPES", "BlockSize", "TopBlocks", "auto_block_size", 
 
 BlockSize = int | str | Sequence[int]
 AUTO_SIZES = (256, 128, 64, 32, 16)
-_RANDOM = "random"
-_SCORES = (*STATISTICS, *INPUT_STATISTICS)
+_RANDOM, _OVER_INPUT = "random", "grad_over_input"
+_SCORES = (*STATISTICS, *INPUT_STATISTICS, _OVER_INPUT)
 _log = logging.getLogger("thrifty")
 
 
@@ -78,6 +78,7 @@ class TopBlocks:
     score: `abs_grad` mean |g| over units and numbers, `accumulated_grad` mean over numbers of |mean g over units| (the
     paper's), `signed_grad` |mean g|, `squared_grad` mean g², `weight_times_grad` mean |w g|, `input_norm` mean norm of
     the input columns over all tokens, `weight_times_input` mean |w| times that norm (linear layers alone, no backward),
+    `grad_over_input` mean |g| over that norm (a large input makes both large: a weight's gradient and what its step does),
     `random` (seeded, no probe). order: `highest`, or `lowest` for the smallest scores. scope: `global`; `per_kind`
     (attention, MLP, others), `per_layer` (those outside the layers together) or `per_matrix`, each its share of the
     budget by the size of its candidates.
@@ -115,7 +116,8 @@ class TopBlocks:
 
     @property
     def statistics(self) -> frozenset[str]:
-        return frozenset() if self.score == _RANDOM else frozenset({self.score})
+        several = {_RANDOM: (), _OVER_INPUT: ("abs_grad", "input_norm")}
+        return frozenset(several.get(self.score, (self.score,)))
 
     def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
         numbers = (budget or Budget(fraction=0.01)).numbers(model)
@@ -133,7 +135,7 @@ class TopBlocks:
                 f"budget {budget} ({budget.numbers(model):,} numbers) buys no block, the smallest holds {smallest:,}: "
                 f"raise budget to at least {smallest} or lower block_size"
             )
-        if self.score in INPUT_STATISTICS:
+        if self.statistics & set(INPUT_STATISTICS):
             check_inputs(model, grids)
         if self.input_budget is not None:  # at most this many columns: some of these inputs may be the same
             alone = [Input((target,)) for _, target in strip_linears(model, grids).values()]
@@ -189,6 +191,9 @@ class TopBlocks:
         """The score of each block, on the CPU; `count` numbers are in it."""
         if self.score in INPUT_STATISTICS:
             return probe.of_inputs(self.score, target, weight, grid=grid).cpu() / count
+        if self.score == _OVER_INPUT:
+            norms = probe.of_inputs("input_norm", target, weight, grid=grid).cpu() / count
+            return (probe.mean("abs_grad", target.name, sizes=count).cpu() / norms).nan_to_num(0.0, posinf=0.0)
         return probe.mean(self.score, target.name, sizes=count).cpu()
 
     def _inside(self, strips: Strips, *, budget: Budget, numbers: int) -> dict[str, Tensor]:

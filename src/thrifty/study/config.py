@@ -42,10 +42,10 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One contestant. `learning_rate`: its own grid; `budgets`: its own, or `own` where it sets its size itself."""
+    """One contestant. `learning_rate`: its own grid, or one rate; `budgets`: its own, or `own`: its size."""
 
     method: str | dict[str, Any] | list[Any]  # as in a run file
-    learning_rate: list[float] | None = None  # None: as the search says
+    learning_rate: list[float] | float | None = None  # None: as the search says
     budgets: list[StudyBudget] | None = None  # None: the study's
     run: dict[str, Any] = field(default_factory=dict)  # keys of a run file, over the study's and the task's
     note: str = ""  # for the report

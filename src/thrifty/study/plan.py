@@ -41,7 +41,13 @@ class Cell:
 
     @property
     def grid(self) -> list[float] | Range:
-        return self.entry.learning_rate or self.study.search.learning_rate
+        own = self.entry.learning_rate
+        return [own] if isinstance(own, float) else own or self.study.search.learning_rate
+
+    def best_rate(self, records: Records) -> float | None:
+        """The rate that was given, or the best that was searched."""
+        own = self.entry.learning_rate
+        return own if isinstance(own, float) else best_rate(self.searched(records))
 
     def searched(self, records: Records) -> dict[float, float]:
         """Loss on the held-out rows by rate; infinite where the run failed."""
@@ -186,7 +192,7 @@ def _steps(cell: Cell, records: Records) -> dict[str, Any]:
 
 def _search(cell: Cell, records: Records) -> Iterator[Spec]:
     more = _calibrated(cell, records)
-    if more is None:
+    if more is None or isinstance(cell.entry.learning_rate, float):
         return
     own, seed = {**cell.study.search.run}, cell.study.seeds[0]
     search = cell.study.search
@@ -218,11 +224,11 @@ def _final(cell: Cell, records: Records, *, seed: int) -> Iterator[Spec]:
     more = _calibrated(cell, records)
     if more is None or any(spec.name not in records for spec in _search(cell, records)):
         return
-    rate = best_rate(cell.searched(records))
+    rate = cell.best_rate(records)
     if rate is None:
         return
-    if cell.study.search.budget is not None:
-        best = min(cell.trials(records), key=_loss)
+    if cell.study.search.budget is not None and (trials := cell.trials(records)):
+        best = min(trials, key=_loss)
         more = {"given": StudyBudget(cell.budget.label, fraction=best.run_info["proposed_budget"])}
     yield cell.spec("final", rate=rate, seed=seed, own=_steps(cell, records), seconds=cell.study.seconds, **more)
 
@@ -237,7 +243,7 @@ def hopeless(study: Study, records: Records) -> list[Spec]:
             continue
         if calibrated is not None:
             over = all(spec.name in records for spec in _search(cell, records))
-            if not over or best_rate(cell.searched(records)) is not None:
+            if not over or cell.best_rate(records) is not None:
                 continue
         for seed in study.seeds:
             spec = cell.spec("final", rate=1e-6, seed=seed, own={})
