@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.machine import keep_heap
 from benchmarks.steps import step_contender
@@ -45,17 +45,19 @@ def _measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure_live(spec: dict[str, Any]) -> dict[str, Any]:
-    """The peak, the model's weights included, from before it is built to the end of the second step."""
+    """The peak during the steps, the model's weights included: what was made since before it was built."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step_contender(spec).steps(_STEPS)
-    events = list(profiler.profiler.kineto_results.experimental_event_tree())
-    peak = 0
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.tag == _EventType.Allocation:
-            peak = max(peak, event.extra_fields.total_allocated)
-    return {"spec": spec, "live_peak_bytes": peak}
+        contender = step_contender(spec)
+        with record_function("the steps"):
+            contender.steps(_STEPS)
+    found = _flat(profiler.profiler.kineto_results.experimental_event_tree())
+    start = next(event.start_time_ns for event in found if event.name == "the steps")
+    here = [e for e in found if e.tag == _EventType.Allocation and e.start_time_ns >= start]
+    return {"spec": spec, "live_peak_bytes": max(event.extra_fields.total_allocated for event in here)}
+
+
+def _flat(events: list[Any]) -> list[Any]:
+    return [one for event in events for one in (event, *_flat(event.children))]
 
 
 def _in_child(measure: Callable[[dict[str, Any]], dict[str, Any]], spec: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class TopBlocks:
     score: `abs_grad` mean |g| over units and numbers, `accumulated_grad` mean over numbers of |mean g over units| (the
     paper's), `signed_grad` |mean g|, `squared_grad` mean g², `weight_times_grad` mean |w g|, `input_norm` mean norm of
     the input columns over all tokens, `weight_times_input` mean |w| times that norm (linear layers alone, no backward),
-    `grad_over_input` mean |g| over that norm (a large input makes both large: a weight's gradient and what its step does),
+    `grad_over_input` mean |g| over that norm (a large input enlarges a weight's gradient and what its step does alike),
     `random` (seeded, no probe). order: `highest`, or `lowest` for the smallest scores. scope: `global`; `per_kind`
     (attention, MLP, others), `per_layer` (those outside the layers together) or `per_matrix`, each its share of the
     budget by the size of its candidates.
