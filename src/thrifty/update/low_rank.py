@@ -17,6 +17,7 @@ from ..delta import LowRankPiece
 from ..kernels.low_rank import add_product
 from ..select.pairs import Pairs
 from .part import LEAF_PREFIX, InPlaceModule, Part, leaf_dtype
+from .sharded import copy_whole, whole
 
 __all__ = ["LowRank", "LowRankConv1D", "LowRankLinear", "LowRankPart"]
 
@@ -59,7 +60,7 @@ class LowRankPart(Part):
     @property
     def original(self) -> Tensor:  # type: ignore[override]
         """The base, which is never written while it trains."""
-        return self.weight.detach()
+        return whole(self.weight.detach())
 
     def branch(self, x: Tensor) -> Tensor:
         """(alpha / r) B A x, in the dtype of `x` or of the autocast around it; x `[..., in]` -> `[..., out]`."""
@@ -69,12 +70,12 @@ class LowRankPart(Part):
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         """The factors whose product has the shape in which the weight is stored."""
-        a, b = self.leaf.detach().split([self.inputs, self.leaf.shape[1] - self.inputs], dim=1)
+        a, b = whole(self.leaf.detach()).split([self.inputs, self.leaf.shape[1] - self.inputs], dim=1)
         return (a.t(), b) if self.transposed else (b.t(), a)
 
     def moved(self) -> bool:
         """Has B left zero?"""
-        return bool(self.leaf.detach()[:, self.inputs :].any())
+        return bool(whole(self.leaf.detach())[:, self.inputs :].any())
 
     def arm(self) -> None:
         """Nothing is written after a step."""
@@ -86,7 +87,7 @@ class LowRankPart(Part):
         """`W` stays the base."""
 
     def finish(self) -> None:
-        self.weight.data.copy_(add_product(self.weight, *self._stored(), scale=self.region.scale))
+        copy_whole(add_product(whole(self.weight.detach()), *self._stored(), scale=self.region.scale), self.weight.data)
 
     def piece(self, original: Tensor) -> LowRankPiece:
         return LowRankPiece.of(original, *self._stored(), region=self.region)

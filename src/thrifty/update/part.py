@@ -3,7 +3,8 @@
 `W` is the frozen base weight and holds original + offset, rounded once. The leaf is the offset from the original
 values, float32 where `W` is of lower precision, so that small updates are not rounded away and weight decay pulls to
 the pretrained values. Two triggers write: a global hook after any optimizer's step, and a flag set whenever the leaf
-received a gradient, which the next forward clears by writing (optimizers that step elsewhere, offloaded ones).
+received a gradient, which the next forward clears by writing (optimizers that step elsewhere, offloaded ones). Where
+FSDP2 has sharded the model, the optimizer's step alone writes, into the rows that this process holds (`sharded.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..core.region import Region, Whole
 from ..core.rotated import Basis
 from ..delta import LowRankPiece, Piece
+from .sharded import HeldRows, copy_whole, is_sharded, whole
 from .strips import merge_pending
 
 __all__ = ["LEAF_PREFIX", "InPlaceModule", "Part", "leaf_dtype"]
@@ -63,6 +65,7 @@ class Part:
         self.original: Tensor | None = region.gather(weight) if keep_original else None
         self.dirty, self.stamp = False, 0
         self.kept: Tensor | None = None  # the trained values, while the base's are in `W`
+        self.held: HeldRows | None = None
         if self.in_leaf:  # all of a float32 tensor: the tensor itself is the leaf, nothing has to be written
             weight.requires_grad_(True)
         else:
@@ -92,7 +95,20 @@ class Part:
 
     def moved(self) -> bool:
         """Has the offset left zero?"""
-        return bool(self.leaf.detach().any())
+        return bool(whole(self.leaf.detach()).any())
+
+    def _take(self) -> Tensor:
+        """The region's values in `W`, packed."""
+        return self.region.gather(whole(self.weight.detach()))
+
+    def _put(self, values: Tensor) -> None:
+        """Packed `values` into `W`."""
+        weight = self.weight.data
+        if not is_sharded(weight):
+            self.region.scatter_(weight, values)
+            return
+        self.held = self.held or HeldRows(self.region, weight)
+        self.held.scatter_(weight, values)
 
     def arm(self) -> None:
         """Set the triggers; again after a deep copy, which drops them."""
@@ -120,16 +136,16 @@ class Part:
     def values(self) -> Tensor:
         """original + offset, packed, rounded once to the dtype of `W`."""
         if self.in_leaf:
-            return self.leaf.detach().clone()
+            return whole(self.leaf.detach()).clone()
         assert self.original is not None
-        offset = self.leaf.detach()
+        offset = whole(self.leaf.detach())
         return (self.original.to(offset.dtype).view_as(offset) + offset).to(self.weight.dtype)
 
     def write(self) -> None:
         """Write the trained values into `W`, through `.data`: autograd keeps `W` of graphs that are still alive."""
         self.dirty = self.kept is not None  # while the base is in `W`, what a step changed is written when it goes
         if not self.in_leaf and not self.dirty:
-            self.region.scatter_(self.weight.data, self.values())
+            self._put(self.values())
 
     def flush(self) -> None:
         """Write if a step may have gone unseen. Unconditional on the values: comparing them would wait for a GPU."""
@@ -139,20 +155,20 @@ class Part:
     def swap_in(self, values: Tensor) -> None:
         """Put `values` into `W` in place of the trained ones, until `swap_out`."""
         self.flush()
-        self.kept = self.region.gather(self.weight)
-        self.region.scatter_(self.weight.data, values)
+        self.kept = self._take()
+        self._put(values)
 
     def swap_out(self) -> None:
         """Put the trained values back."""
         assert self.kept is not None
-        self.region.scatter_(self.weight.data, self.kept)
+        self._put(self.kept)
         self.kept = None
         self.flush()
 
     @torch.no_grad()
     def load(self, values: Tensor) -> None:
         """Copy into the leaf in place (an optimizer holds the object) and write `W`."""
-        self.leaf.copy_(values)
+        copy_whole(values, self.leaf)
         self.write()
         self.stamp += 1
 
@@ -164,9 +180,10 @@ class Part:
     def piece(self, original: Tensor) -> Piece | LowRankPiece:
         """What changed, against the `original` values."""
         self.flush()
-        base = self.weight.detach().clone()
+        trained = whole(self.weight.detach())
+        base = trained.clone()
         self.region.scatter_(base, original)
-        return Piece.of(base, self.weight, self.region)
+        return Piece.of(base, trained, self.region)
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module was moved or cast by `fn`: what is kept beside its parameters goes along."""
@@ -178,8 +195,8 @@ class Part:
         """`W` was loaded from outside: the offset becomes what `W` holds above the original values."""
         if not self.in_leaf:
             assert self.original is not None
-            loaded = self.region.gather(self.weight).to(self.leaf.dtype).view_as(self.leaf)
-            self.leaf.copy_(loaded - self.original.to(self.leaf.dtype).view_as(self.leaf))
+            loaded, original = (x.to(self.leaf.dtype).view(self.leaf.shape) for x in (self._take(), self.original))
+            copy_whole(loaded - original, self.leaf)
         self.dirty = False
         self.stamp += 1
 

@@ -15,6 +15,7 @@ from ..delta import LowRankPiece
 from ..kernels.low_rank import add_product
 from .low_rank import LowRankPart
 from .part import LEAF_PREFIX, leaf_dtype
+from .sharded import copy_whole, whole
 
 __all__ = ["ProjectedPart"]
 
@@ -46,7 +47,7 @@ class ProjectedPart(LowRankPart):
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         """`left` and R right, or left R and `right`: whichever has the lower rank."""
-        core = self.leaf.detach()
+        core = whole(self.leaf.detach())
         with torch.autocast(core.device.type, enabled=False):
             return (self.left, core @ self.right) if core.shape[0] <= core.shape[1] else (self.left @ core, self.right)
 
@@ -55,10 +56,10 @@ class ProjectedPart(LowRankPart):
         return LowRank(r, float(r))
 
     def moved(self) -> bool:
-        return bool(self.leaf.detach().any())
+        return bool(whole(self.leaf.detach()).any())
 
     def finish(self) -> None:
-        self.weight.data.copy_(add_product(self.weight, *self._stored(), scale=1.0))
+        copy_whole(add_product(whole(self.weight.detach()), *self._stored(), scale=1.0), self.weight.data)
 
     def piece(self, original: Tensor) -> LowRankPiece:
         return LowRankPiece.of(original, *self._stored(), region=self._pair())

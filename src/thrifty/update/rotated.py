@@ -13,6 +13,7 @@ from ..core.region import Whole
 from ..core.rotated import Basis, Rotated
 from ..delta import LowRankPiece, Piece
 from .part import Part
+from .sharded import refuse_sharded
 from .steps import listen, stop_listening
 
 __all__ = ["RotatedPart"]
@@ -49,6 +50,7 @@ class RotatedPart(Part):
         held = any(p is self.leaf for group in optimizer.param_groups for p in group["params"])
         if gradient is None or not held:
             return
+        refuse_sharded(self.leaf, "a rotated matrix (sparsegrad)")
         flat = gradient.view(-1)
         index = flat.abs().topk(self.region.k, sorted=False).indices
         kept = flat[index]

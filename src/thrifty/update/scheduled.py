@@ -24,6 +24,7 @@ from .agreement import agreeing
 from .carry import Leaf, carry_leaf, held, leaves_of, swap
 from .part import leaf_dtype
 from .place import take_off
+from .sharded import refuse_sharded
 from .steps import listen
 from .trained import Trained, base_of, ever_trained, settled_under
 from .tuning import Tuning, mark
@@ -96,6 +97,8 @@ class ScheduledTuning(Tuning):
                 f"method {self.method.name!r} changes what is trained, which a wrapper of several processes would not "
                 "notice: set tuning.rebuild to a function that makes it notice, or train in one process"
             )
+        for part in self._parts.values():
+            refuse_sharded(part.leaf, f"method {self.method.name!r}, which changes what is trained,")
         optimizer = self._optimizer if optimizer is None else optimizer
         self._changed = self._changed or self._has_moved()
         ever, old, plan, made = self._ever(), leaves_of(self._live()), self.plan, False

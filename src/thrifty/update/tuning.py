@@ -24,6 +24,7 @@ from .early_stop import allow_early_stop, as_before
 from .part import Part
 from .peer import NO_NEW_TOKENS, PeerTuning, attach_peer
 from .place import place, take_off
+from .sharded import whole
 
 __all__ = ["Tuning", "attach", "attach_with", "mark"]
 
@@ -149,7 +150,7 @@ class Tuning:
 
     def state(self) -> dict[str, Tensor]:
         """The leaves by parameter name, for a checkpoint."""
-        return {name: part.leaf.detach() for name, part in self._live().items()}
+        return {name: whole(part.leaf.detach()) for name, part in self._live().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put the leaves of `state()` back, in place, and write the weights. ThriftyError names what does not fit."""
@@ -197,7 +198,8 @@ class Tuning:
 
 def mark(tensor: Tensor) -> Tensor:
     """Enough of a whole tensor to see that it moved: one sum per row, float64."""
-    return tensor.detach().flatten(1).sum(1, dtype=torch.float64) if tensor.ndim > 1 else tensor.detach().clone()
+    values = whole(tensor.detach())
+    return values.flatten(1).sum(1, dtype=torch.float64) if values.ndim > 1 else values.clone()
 
 
 def attach(
