@@ -24,7 +24,16 @@ from thrifty.kernels.label_loss import IGNORED, chunk_rows
 from thrifty.objective.head_loss import head_loss
 from thrifty.objective.heads import is_plain, own_logits, unwrapped
 
-__all__ = ["LossPlan", "install", "installed_plan", "label_count", "loss_of", "sum_loss", "uninstall"]
+__all__ = [
+    "LossPlan",
+    "install",
+    "installed_plan",
+    "label_count",
+    "loss_of",
+    "sum_loss",
+    "take_autocast_off",
+    "uninstall",
+]
 
 _RECORD = "_thrifty_loss"
 _WANTS_LOGITS = {"logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits"}
@@ -91,6 +100,13 @@ def uninstall(model: nn.Module) -> None:
         if _is_ours(target.__dict__.get("_original_forward")):
             del target.__dict__["_original_forward"]
     target.__dict__.pop(_RECORD, None)
+
+
+def take_autocast_off(model: nn.Module) -> None:
+    """Take the forward that accelerate put on a wrapper (PEFT's) off, where our loss is installed inside."""
+    if installed_plan(model) is not None and "forward" in vars(model) and model is not unwrapped(model):
+        del model.__dict__["forward"]
+        model.__dict__.pop("_original_forward", None)
 
 
 def installed_plan(model: nn.Module) -> LossPlan | None:

@@ -46,7 +46,7 @@ def save_checkpoint(trainer: ThriftyTrainer) -> None:
 
 
 def note_result(trainer: ThriftyTrainer, *, best: bool) -> None:
-    """After training: put back the best values if they are the result, and note which step's values are left."""
+    """As `ThriftyTrainer.note_result`."""
     trainer.clock.pause()
     trainer.peak_memory_bytes = max(trainer.meter.peak(), trainer.record.get("peak_memory_bytes", 0))
     trainer.result_step = trainer.state.global_step

@@ -21,9 +21,8 @@ from thrifty.core.files import disk_errors, write_json
 from thrifty.data import collate
 from thrifty.delta import Delta, NewTokens
 from thrifty.delta.vocabulary import extend
-from thrifty.objective.heads import unwrapped
 from thrifty.objective.isolation import check_packing
-from thrifty.objective.next_token import install, installed_plan, uninstall
+from thrifty.objective.next_token import install, uninstall
 from thrifty.objective.proof import prepare
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning, attach_with
@@ -47,7 +46,6 @@ from .provenance import record_of
 from .repeat import differences
 from .resumed import refuse_changes, warn_of_processes
 from .rows import Rows, check_fits, load_rows, order_of, origins_of, packed_rows
-from .saving import note_result
 from .stop import Stop
 from .summary import delta_info, describe_data, make_summary, print_result
 from .trainer import Row, ThriftyTrainer
@@ -227,7 +225,7 @@ def train_rows(
             optimizers=(_own_optimizer(config, args, tuning), None),
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
-        note_result(trainer, best=keeps_best(config))
+        trainer.note_result(best=keeps_best(config))
     finally:
         display.close()
         meter.close()
@@ -288,10 +286,7 @@ def _finish(tuning: Tuning | PeerTuning, trainer: ThriftyTrainer) -> nn.Module:
     """The plain model, ready to answer: no loss, no checkpointing, no autocast left on it."""
     if trainer.args.activation_checkpointing:
         trainer.model.activation_checkpointing_disable()
-    own = trainer.model.__dict__
-    if installed_plan(trainer.model) is not None and "forward" in own and trainer.model is not unwrapped(trainer.model):
-        own.pop("forward")  # accelerate's autocast
-        own.pop("_original_forward", None)
+    trainer.unwrap()
     model: Any = tuning.finish()
     uninstall(model)
     model.config.use_cache = trainer.used_cache

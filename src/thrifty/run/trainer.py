@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from thrifty.objective.next_token import take_autocast_off
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning
 
@@ -25,7 +26,7 @@ from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
 from .nonfinite import FiniteSteps
 from .order import RowOrder, rows_of_step
-from .saving import load_optimizer_and_scheduler, load_random, load_running, save_checkpoint
+from .saving import load_optimizer_and_scheduler, load_random, load_running, note_result, save_checkpoint
 from .schedule import restore
 from .stop import Stop
 
@@ -80,11 +81,7 @@ class ThriftyTrainer(Trainer):
         # The installed loss takes `num_items_in_batch`, and predicts label t from hidden state t - 1.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.tuning = tuning
-        self.metrics = metrics
-        self.clock = clock
-        self.meter = meter
-        self.record = record
+        self.tuning, self.metrics, self.clock, self.meter, self.record = tuning, metrics, clock, meter, record
         self.patience = patience
         self.save_at_epoch_end = False
         self.in_epoch = False
@@ -279,6 +276,14 @@ class ThriftyTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with (saved := Checkpoint(Path(resume_from_checkpoint))).reading():
             restore(self.tuning, saved)
+
+    def note_result(self, *, best: bool) -> None:
+        """After training: put back the best values if they are the result, and note which step's values are left."""
+        note_result(self, best=best)
+
+    def unwrap(self) -> None:
+        """Take accelerate's autocast off the model's forward."""
+        take_autocast_off(self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
