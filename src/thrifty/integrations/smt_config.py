@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class SmtConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         Budget.parse(self.budget)
         for size in (self.block_size, *self.block_pattern.values()):
-            block_shape(size, Target("", (1, 1)), numbers=1)
+            block_shape(size, Target("", (1, 1)), numbers=1, of=1)
         if isinstance(self.selection, Plan):
             self.selection = _records_of(self.selection)
         elif not isinstance(self.selection, dict | None):
@@ -104,7 +105,8 @@ class SmtConfig(PeftConfig):
         if not without:
             return
         ceiling = Budget.parse(self.budget).of(total)
-        grids = {name: block_shape(self._size(name), t, numbers=ceiling) for name, t in without.items()}
+        of = sum(math.prod(target.shape) for target in without.values())
+        grids = {name: block_shape(self._size(name), t, numbers=ceiling, of=of) for name, t in without.items()}
         for name, region in _draw(without, grids, ceiling=ceiling, seed=self.seed).items():
             self.selection[name] = _record(region, without[name].shape)
 

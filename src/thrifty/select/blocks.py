@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,10 +37,12 @@ def auto_block_size(numbers: int) -> int:
     return next((size for size in AUTO_SIZES if numbers // size**2 >= 256), AUTO_SIZES[-1])
 
 
-def block_shape(block_size: BlockSize, target: Target, *, numbers: int) -> tuple[int, int]:
+def block_shape(block_size: BlockSize, target: Target, *, numbers: int, of: int) -> tuple[int, int]:
     """The stored shape `(h, w)` of a block; `column` is one input, `row` one output, `[rows, columns]` outputs x
-    inputs."""
+    inputs, `even` as large a share of the outputs and of the inputs as `numbers` is of all candidates, `of`."""
     out, columns = target.out_in
+    if block_size == "even":
+        block_size = [max(1, round(numbers / of * side)) for side in (out, columns)]
     if block_size == "auto":
         block_size = auto_block_size(numbers)
     if block_size == "column":
@@ -57,7 +60,7 @@ def block_shape(block_size: BlockSize, target: Target, *, numbers: int) -> tuple
     else:
         raise ThriftyError(
             f"block_size {block_size!r} is not valid: "
-            "give 'auto', 'column', 'row', a size such as 64, or [rows, columns]"
+            "give 'auto', 'even', 'column', 'row', a size such as 64, or [rows, columns]"
         )
     shape = (min(shape[0], out), min(shape[1], columns))
     return (shape[1], shape[0]) if target.transposed else shape
@@ -108,7 +111,7 @@ class TopBlocks:
         check_order(self.order)
         if self.spread and (self.scope != "per_matrix" or self.input_budget is not None):
             raise ThriftyError("spread places blocks in each matrix: it needs scope per_matrix, and no input_budget")
-        block_shape(self.block_size, Target("", (1, 1)), numbers=1)
+        block_shape(self.block_size, Target("", (1, 1)), numbers=1, of=1)
         if self.input_budget is not None:
             share_of(self.input_budget, key="input_budget")
 
@@ -122,7 +125,8 @@ class TopBlocks:
     def grids(self, model: nn.Module, budget: Budget | None) -> Mapping[str, tuple[int, int]]:
         numbers = (budget or Budget(fraction=0.01)).numbers(model)
         chosen = targets(model, self.target_modules, layers=self.layers)
-        return {name: block_shape(self.block_size, target, numbers=numbers) for name, target in chosen.items()}
+        of = sum(math.prod(target.shape) for target in chosen.values())
+        return {name: block_shape(self.block_size, target, numbers=numbers, of=of) for name, target in chosen.items()}
 
     def check(self, model: nn.Module, budget: Budget | None) -> None:
         """ThriftyError where no target matches or a budget buys nothing; before any gradient is taken."""
