@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_resume import result
 from test_stop import signalled
 from tiny_run import configuration, prepare, start
 
@@ -82,3 +86,46 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> 
     (saved,) = checkpoints(tmp_path / "out")
     assert saved.step == 3
     assert len(saved.state("random")) == 2
+
+
+LOSING = """if True:
+    import os, signal, sys
+    from thrifty.cli.main import main
+    from thrifty.run.trainer import ThriftyTrainer
+    real = ThriftyTrainer.training_step
+    def training_step(self, *args, **kwargs):
+        if os.environ["RANK"] == "1" and self.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *args, **kwargs)
+    ThriftyTrainer.training_step = training_step
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_is_lost(tmp_path: Path) -> None:
+    """The other one ends with one line; started again, both go on from the last checkpoint, to the same result."""
+    prepare(tmp_path)
+    halves = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "save_steps": 2}
+    (tmp_path / "losing.py").write_text(LOSING)
+    (tmp_path / "run.yaml").write_text(json.dumps(configuration(tmp_path, **halves)))
+    undisturbed = configuration(tmp_path, **halves, output_dir=str(tmp_path / "calm"))
+    (tmp_path / "calm.yaml").write_text(json.dumps(undisturbed))
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
+
+    again = ["train", str(tmp_path / "run.yaml"), "resume_from_checkpoint=auto"]
+    lost = run(str(tmp_path / "losing.py"), *again)
+    assert lost.returncode != 0
+    assert "thrifty: another process is gone, its own output says why; " in lost.stderr
+    assert f"{tmp_path}/out/checkpoint-4 is whole" in lost.stderr
+    resumed = run("-m", "thrifty", *again)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step 4" in resumed.stdout
+    assert run("-m", "thrifty", "train", str(tmp_path / "calm.yaml")).returncode == 0
+    one, two = result(tmp_path / "out"), result(tmp_path / "calm")
+    for found, expected in zip(one.pop("metrics"), two.pop("metrics"), strict=True):
+        assert found == pytest.approx(expected)
+    assert one == two

@@ -30,6 +30,7 @@ def save_checkpoint(trainer: ThriftyTrainer) -> None:
     if trainer.accelerator.scaler is not None:
         states["scaler"] = trainer.accelerator.scaler.state_dict()
     values = trainer.tuning.state()
+    loss = trainer.accelerator.gather(trainer._tr_loss).mean().item()  # as logging will take it
     if trainer.metrics is not None:
         trainer.metrics.sync()
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
@@ -39,7 +40,7 @@ def save_checkpoint(trainer: ThriftyTrainer) -> None:
             plan=trainer.tuning.plan,
             states=states,
             trainer_state=_state_json(trainer.state),
-            record={**trainer.record, **_measured(trainer)},
+            record={**trainer.record, **_measured(trainer, loss)},
         )
         remove_old(folder.parent, keep=trainer.args.save_total_limit or None)
     trainer.accelerator.wait_for_everyone()
@@ -57,10 +58,10 @@ def note_result(trainer: ThriftyTrainer, *, best: bool) -> None:
         trainer._load_from_checkpoint(str(checkpoint.folder))
 
 
-def _measured(trainer: ThriftyTrainer) -> dict[str, Any]:
+def _measured(trainer: ThriftyTrainer, loss: float) -> dict[str, Any]:
     """What a resumed run carries on: seconds, peak memory, padded positions, the loss not logged yet, and whether an
     evaluation of this step was broken off."""
-    running = {"loss": float(trainer._tr_loss), "last_logged": trainer._globalstep_last_logged}
+    running = {"loss": loss, "last_logged": trainer._globalstep_last_logged}
     return {
         "slots": trainer.slots_seen,
         "train_seconds": trainer.clock.seconds,

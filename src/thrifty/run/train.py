@@ -35,6 +35,7 @@ from .embedded import no_progress_bars
 from .evaluate import evaluate
 from .folder_state import begin_folder, stopped
 from .lock import locked
+from .lost import lost_processes
 from .memory import Clock, MemoryMeter
 from .model import load_model, load_tokenizer
 from .new_tokens import grow, save_tokenizer
@@ -88,11 +89,17 @@ def run_training(config: RunConfig, *, console: Console | None = None, repeats: 
     console.quiet = console.quiet or not args.should_save
     output = Path(args.output_dir)
     check_text(config)
+    saves = args.save_strategy != SaveStrategy.NO
     try:
-        with Stop() as stop, memory_errors(config), locked(output) if args.should_save else nullcontext():
+        with (
+            Stop() as stop,
+            memory_errors(config),
+            locked(output) if args.should_save else nullcontext(),
+            lost_processes(output, saves=saves),
+        ):
             return _run(config, args, console=console, stop=stop, repeats=repeats)
     except (KeyboardInterrupt, SystemExit):
-        console.print(stopped(output, saves=args.save_strategy != SaveStrategy.NO), highlight=False, soft_wrap=True)
+        console.print(stopped(output, saves=saves), highlight=False, soft_wrap=True)
         raise
 
 
