@@ -25,7 +25,7 @@ def diablo(*, blocks: int = 64, target_modules: str | Sequence[str] = "all-linea
     W + blockdiag(D_1 ... D_N), each D of ceil(out / N) x ceil(in / N), the last ones smaller where N does not divide.
     The paper adds the blocks as a module; written into W they cost nothing at inference and give the same numbers.
 
-    When not to use it: where labelled batches are at hand to choose better blocks (smt).
+    When not to use it: where backward should keep few inputs (every input has a block).
     """
     select = Diagonal(blocks=blocks, target_modules=target_modules, layers=layers)
     return Method(name="diablo", parts=(Part(select=select, update=InPlace()),))
