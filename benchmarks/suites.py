@@ -21,6 +21,9 @@ _LORA = {"peft": {"peft_type": "LORA", "r": 16, "lora_alpha": 32}}
 _EQUAL_RANK = {"smollm2": 17, "llama": 69, "qwen": 33}  # 5 % of the linear layers, over the sum of their in + out
 
 
+_GLOBAL = {"smt": {"scope": "global"}}  # what the recorded tables have
+
+
 def _smt(block: int | str | list[int], **options: Any) -> dict[str, Any]:
     return {"smt": {"scope": "per_matrix", "block_size": block, **options}}
 
@@ -82,7 +85,7 @@ def selections(*, rounds: int) -> list[Group]:
         _smt_step("per matrix, 128, 5 %", shape, 0.05, block=128),
         _smt_step("per matrix, columns", shape, 0.01, block="column"),
         _STRIP_FIRST,
-        _step("global, 64", "method", shape, method={"smt": {"block_size": 64}}, share=0.01),
+        _step("global, 64", "method", shape, method={"smt": {"scope": "global", "block_size": 64}}, share=0.01),
         _floor(shape) | {"name": "floor, compiled", "compiled": True},
         _smt_step("per matrix, 64, compiled", shape, 0.01) | {"compiled": True},
     ]
@@ -102,7 +105,7 @@ def _train(name: str, trainer: str, data: str, **more: Any) -> Spec:
 
 def _trainers(data: str) -> list[Spec]:
     return [
-        _train("thrifty, SMT 1 %", "thrifty", data, method="smt", budget="1%"),
+        _train("thrifty, SMT 1 %", "thrifty", data, method=_GLOBAL, budget="1%"),
         _train("thrifty, PEFT LoRA r16", "thrifty", data, method=_LORA),
         _train("TRL, PEFT LoRA r16", "trl", data),
         _train("TRL, PEFT LoRA r16, checkpointing", "trl", data, checkpointing=True),
@@ -129,7 +132,7 @@ def kept(*, rounds: int) -> list[Group]:
 def memory(*, rounds: int) -> list[Group]:
     """Bytes: peaks with checkpointing on both sides."""
     checkpointed = [
-        _train("thrifty, SMT 1 %", "thrifty", "snips", method="smt", budget="1%", checkpointing=True),
+        _train("thrifty, SMT 1 %", "thrifty", "snips", method=_GLOBAL, budget="1%", checkpointing=True),
         _train("thrifty, PEFT LoRA r16", "thrifty", "snips", method=_LORA, checkpointing=True),
         _train("TRL, PEFT LoRA r16", "trl", "snips", checkpointing=True),
     ]
