@@ -41,7 +41,7 @@ def settings(output_dir: str | Path) -> dict[str, Any]:
     return {
         "model": "smollm2-135m",
         "data": {"train": str(folder / _TRAIN), "eval": str(folder / _HELD_OUT)},
-        "method": "smt",
+        "method": {"smt": {"scope": "global"}},  # what the README's figure was measured with
         "budget": 0.01,
         "max_steps": 150,
         "per_device_train_batch_size": 8,
