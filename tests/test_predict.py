@@ -17,11 +17,13 @@ from thrifty.core.errors import ThriftyError
 from thrifty.core.method import parse_method
 from thrifty.objective.next_token import install, loss_of
 from thrifty.predict.cost import Traced, on, state_bytes, traced
+from thrifty.predict.grow import grow
 from thrifty.predict.hardware import find_hardware
 from thrifty.predict.job import Job
+from thrifty.predict.ledger import Segment
 from thrifty.predict.placing import attach
 from thrifty.predict.skeleton import build
-from thrifty.predict.trace import loss_plan, trace
+from thrifty.predict.trace import Trace, loss_plan, trace
 from thrifty.predict.unroll import unroll
 from thrifty.run.memory import saved_bytes
 
@@ -184,6 +186,48 @@ def test_allocations_of_three_layers_stand_for_six(method: Any) -> None:
     model, _ = attach(build(one), one.method, None)
     three, six = (trace(one, model, [1] * count).events for count in (3, 6))
     assert [size for _, size in unroll(three, 6)] == [size for *_, size in six]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("method", ["full", LORA, {"telly": {"freeze": 2}}], ids=["full", "lora", "upper layers"])
+def test_a_few_layers_stand_for_all_to_the_byte(method: Any, checkpointing: bool) -> None:
+    one = job("llama", method, config=config("llama", layers=7), checkpointing=checkpointing)
+    model, _ = attach(build(one), one.method, None)
+    every, grown = trace(one, model, range(7)), grow(one, model)
+    assert grown.work == every.work
+    assert grown.saved == every.saved
+    assert held(grown).items() <= held(every).items()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_a_few_layers_of_the_probe_stand_for_all(checkpointing: bool) -> None:
+    one = job("llama", {"smt": {"block_size": 8}}, config=config("llama", layers=10), checkpointing=checkpointing)
+    bare = build(one)
+    every, grown = trace(one, bare, range(10), probe=True), grow(one, bare, probe=True)
+    assert grown.work == every.work
+    assert grown.saved == every.saved
+    assert held(grown).items() <= held(every).items()
+
+
+def held(one: Trace) -> dict[Segment, int]:
+    """The bytes at each segment's peak."""
+    return {segment: sum(kinds.values()) for segment, kinds in one.peaks.items()}
+
+
+def test_the_probe_computes_the_gradients_it_looks_at_and_no_others() -> None:
+    blocks = {"block_size": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    every, some, none = (
+        traced(dataclasses.replace(job("llama", {"smt": options}), budget=Budget.parse(0.1))).probe
+        for options in ({"block_size": 8}, blocks, {"block_size": "column", "score": "input_norm"})
+    )
+    assert every is not None
+    assert some is not None
+    assert none is not None
+    tokens, h, kv, inner, layers = 4 * LENGTH, 40, 20, 72, 4
+    others = h * h + 3 * h * inner  # o_proj, gate_proj, up_proj, down_proj
+    assert every.work["products.float32"] - some.work["products.float32"] == 2 * tokens * others * layers
+    forward = h * h + 2 * h * kv + others
+    assert none.work["products.float32"] == 2 * tokens * (forward * layers + h * VOCAB)
 
 
 def test_a_heap_holds_more_than_lives_and_a_cache_a_fixed_share() -> None:

@@ -16,7 +16,7 @@ from .hardware import Hardware
 from .heap import Event, beyond
 from .job import Job
 from .ledger import Segment
-from .placing import attach
+from .placing import attach, probed
 from .skeleton import build, tensors_of, weight_bytes
 from .trace import Trace
 
@@ -120,10 +120,18 @@ def traced(job: Job, *, heap: bool = False, probe: bool = True) -> Traced:
         beside=weight_bytes(model_) - weights + _held_by_parts(model_),
         step=step,
         mean=mean,
-        probe=None if bare is None else grow(job, bare, probe=True),
+        probe=None if bare is None else _probe(job, bare),
         allocations=tuple(allocations(job, model_)) if heap else (),
         states=tuple(size for p in leaves for size in (state_bytes(job, p.nbytes) // 2,) * 2),
     )
+
+
+def _probe(job: Job, model: nn.Module) -> Trace:
+    """One unit of what the method looks at before training."""
+    names = probed(model, job.method, job.budget)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names)
+    return grow(job, model, probe=True)
 
 
 def _held_by_parts(model: nn.Module) -> int:

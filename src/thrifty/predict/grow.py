@@ -1,5 +1,6 @@
 """From traces of few layers to the whole depth: every sum and every maximum within a segment is linear in the number of
-layers of one sort, so one trace with each sort once, and one more with it twice, give all depths."""
+layers of one sort, so one trace with each sort once, and one more with it twice, give all depths. The lowest layer that
+backward reaches, which passes no gradient on, and the top one are sorts of their own."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ _SUMS = ("saved", "gradient_bytes")
 
 
 def sorts(model: nn.Module) -> list[list[int]]:
-    """The numbers of the layers, by sort: alike in their parameters, in what is trained, and in whether backward
-    reaches them."""
+    """The numbers of the layers, by sort: alike in their parameters, in what is trained, in whether backward reaches
+    them, and in whether there is a layer on both sides."""
     parent, name = layers_of(model)
     layers = list(getattr(parent, name))
     inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -37,14 +38,18 @@ def sorts(model: nn.Module) -> list[list[int]]:
     types = getattr(unwrapped(model).config.get_text_config(), "layer_types", None)
     exact: dict[Any, list[int]] = {}
     rough: dict[Any, list[int]] = {}
+    edges: list[list[int]] = []
     for number, layer in enumerate(layers):
-        reached = reached or any(p.requires_grad for p in layer.parameters())
+        before, reached = reached and number > 0, reached or any(p.requires_grad for p in layer.parameters())
+        if reached > before or number == len(layers) - 1:
+            edges.append([number])
+            continue
         kind = types[number] if types and len(types) == len(layers) else None
         form = tuple((n, tuple(p.shape)) for n, p in layer.named_parameters() if not p.requires_grad)
         trained = tuple((n, tuple(p.shape)) for n, p in layer.named_parameters() if p.requires_grad)
         exact.setdefault((reached, kind, form, trained), []).append(number)
         rough.setdefault((reached, kind, bool(trained), len(form) if not trained else 0), []).append(number)
-    return list(exact.values()) if len(exact) <= _MOST_SORTS else list(rough.values())
+    return edges + (list(exact.values()) if len(exact) <= _MOST_SORTS else list(rough.values()))
 
 
 def _head(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -115,22 +120,26 @@ def _there(segment: Segment, position: int, last: bool) -> Segment:
 
 
 def _grow_probe(job: Job, model: nn.Module) -> Trace:
+    """Where not all layers are computed again, every second one is: layers come in pairs. All are taken to be like the
+    first that has a gradient looked at."""
     parent, name = layers_of(model)
-    depth = len(getattr(parent, name))
-    pairs = max(1, -(-depth // 2))
-    two, four = ([0, min(1, depth - 1)] * count for count in (1, 2))
-    base = trace(job, model, two, probe=True)
-    if pairs == 1:
-        return base
-    more = trace(job, model, four, probe=True)
-    result = Trace(work=Counter(), saved=base.saved + (pairs - 1) * (more.saved - base.saved))
-    for sort in base.work.keys() | more.work.keys():
-        result.work[sort] = base.work[sort] + (pairs - 1) * (more.work[sort] - base.work[sort])
-    for segment in base.peaks:
-        for there in (segment, (segment[0], segment[1] + 2)):
-            if there in more.peaks:
-                kinds = Counter(base.peaks[segment])
-                for kind in base.peaks[segment].keys() | more.peaks[there].keys():
-                    kinds[kind] += (pairs - 1) * (more.peaks[there][kind] - base.peaks[segment][kind])
-                result.peaks[there] = kinds
+    layers = list(getattr(parent, name))
+    first = next((i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), 0)
+    every = 1 if job.checkpointing or len(layers) == 1 else 2
+    unit = [min(first + i, len(layers) - 1) for i in range(every)]
+    count = -(-len(layers) // every)
+    if count <= 3:
+        return trace(job, model, unit * count, probe=True)
+    three, four = (trace(job, model, unit * number, probe=True) for number in (3, 4))  # lowest, middle, top
+    times = count - 3
+    result = Trace(saved=three.saved + times * (four.saved - three.saved))
+    for sort in three.work.keys() | four.work.keys():
+        result.work[sort] = three.work[sort] + times * (four.work[sort] - three.work[sort])
+    for name, number in three.peaks:
+        place = number // every if name in ("forward", "backward") else 0
+        for up in ((0,), (0, every), (every,))[place]:  # of middle layers the lowest and the highest
+            kinds = Counter(three.peaks[name, number])
+            for kind in kinds.keys() | four.peaks[name, number + up].keys():
+                kinds[kind] += times * (four.peaks[name, number + up][kind] - three.peaks[name, number][kind])
+            result.peaks[name, number + times * up] = kinds
     return result

@@ -26,12 +26,12 @@ from ..select.axes import GradientAxes
 from ..select.blocks import TopBlocks
 from ..select.compose import budgets
 from ..select.entries import TopEntries
-from ..select.probe import STATISTICS, Probe
+from ..select.probe import INPUT_STATISTICS, STATISTICS, Probe
 from ..update.early_stop import allow_early_stop
 from ..update.peer import PeftAdapter
 from ..update.place import place
 
-__all__ = ["DrawnProbe", "attach", "draw"]
+__all__ = ["DrawnProbe", "attach", "draw", "probed"]
 
 _MOST_ENTRIES = 50_000_000  # single numbers whose places are drawn one by one
 CROWDING = 1.6  # standard deviation of the logarithm of an input block's factor, beside 1 of a single block's
@@ -98,6 +98,12 @@ def draw(model: nn.Module, method: Method, budget: Any) -> Plan:
             plan = dataclasses.replace(stand_in, scope="global").select(model, probe=probe, budget=limit, seed=0)
         regions |= dict(plan)
     return Plan.of(model, regions)
+
+
+def probed(model: nn.Module, method: Method, budget: Any) -> frozenset[str]:
+    """The parameters whose gradients the method looks at before training; none where it looks at inputs alone."""
+    asking = [(s, limit) for s, limit in budgets(method, model, budget) if s.statistics - {*INPUT_STATISTICS}]
+    return frozenset(name for select, limit in asking for name in select.grids(model, limit))
 
 
 def _axes(shape: torch.Size, core: tuple[int, int]) -> Projected:

@@ -17,7 +17,6 @@ from ..kernels.label_loss import chunk_rows
 from ..objective.heads import head_name, trunk_names, unwrapped
 from ..objective.next_token import LossPlan, install
 from ..select.recompute import recomputed_layers
-from ..select.targets import targets
 from ..update.strips import merge_pending
 from .job import Job
 from .ledger import Ledger, Segment
@@ -68,7 +67,9 @@ def trace(job: Job, model: nn.Module, numbers: Sequence[int], *, probe: bool = F
     result, mode = Trace(), FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         held = fake(copied)
-    leaves = _leaves(copied, probe=probe)
+    if probe:
+        copied.eval()
+    leaves = [p for p in copied.parameters() if p.requires_grad]
     install(copied, plan)
     batch = _batch(rows, job, mode)
     with quiet(), _unpacked():
@@ -95,16 +96,6 @@ def trace(job: Job, model: nn.Module, numbers: Sequence[int], *, probe: bool = F
         result.work.update({sort: amount * (1.0 if sort == "mapped" else scale) for sort, amount in work.items()})
     _more_labels(result, copied, job, labels=wanted - labels)
     return result
-
-
-def _leaves(model: nn.Module, *, probe: bool) -> list[nn.Parameter]:
-    if not probe:
-        return [p for p in model.parameters() if p.requires_grad]
-    names = targets(model, "all-linear")
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in names)
-    model.eval()
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _batch(rows: int, job: Job, mode: FakeTensorMode) -> dict[str, Tensor]:
