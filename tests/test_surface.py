@@ -78,6 +78,7 @@ VERBS = {
         "--png",
         "--report",
         "--retry-failed",
+        "--ray",
         "--stop-after",
         "--threads",
         "--workers",

@@ -112,9 +112,12 @@ def parser() -> argparse.ArgumentParser:
     _settings(compare, "a study file or the folder of a study, and settings over it: seeds=[0,1]")
     compare.add_argument("--report", action="store_true", help="run nothing: write the report of what is there")
     compare.add_argument("--png", action="store_true", help="write the plots as PNG files too")
-    compare.add_argument("--workers", type=int, default=1, metavar="N", help="runs side by side (1)")
+    compare.add_argument("--workers", type=int, metavar="N", help="runs side by side (1; with --ray as many as fit)")
     compare.add_argument(
         "--threads", type=int, metavar="N", help="of each run (the processors, divided by the workers)"
+    )
+    compare.add_argument(
+        "--ray", metavar="ADDRESS", help="make the runs on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local"
     )
     compare.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no run after so many minutes")
     compare.add_argument("--only", metavar="A,B", help="only these methods of the study")

@@ -130,6 +130,7 @@ def compare(arguments: argparse.Namespace) -> int:
             study,
             workers=arguments.workers,
             threads=arguments.threads,
+            ray=arguments.ray,
             stop_after=arguments.stop_after,
             only=tuple(name for name in (arguments.only or "").split(",") if name),
             retry_failed=arguments.retry_failed,

@@ -35,6 +35,7 @@ _EXTRAS = {
         "pictures: thrifty delta show --plot, the report of thrifty compare",
     ),
     "search": (("optuna",), "thrifty compare: settings found by search"),
+    "ray": (("ray",), "thrifty compare --ray: a study's runs on a cluster"),
     "completion": (("shtab",), "thrifty completion: the shell completes commands"),
 }
 

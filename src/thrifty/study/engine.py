@@ -1,42 +1,39 @@
-"""Runs a study: what is missing, each in a process of its own, several side by side; stopped and resumed at will."""
+"""Runs a study: what is missing, several runs side by side; stopped and resumed at will."""
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
-import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from thrifty.core.errors import ThriftyError, unknown
-from thrifty.core.files import write_json, write_text
+from thrifty.core.files import write_text
 
 from .config import Study
 from .measures import check as check_measures
 from .plan import check, done_and_planned, hopeless, ready, specs
+from .processes import ENDED, WORK, Maker, Processes
 from .records import RUNS, read_records, write_record
 from .spec import Spec
 
 __all__ = ["run_study"]
 
 _ERROR = re.compile(r"thrifty: |[A-Za-z_.]*(Error|Exception|Interrupt)\b")  # what a traceback ends with, or ours
-_ENDED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}  # not the run's own failure
-_WORK = "work"  # logs, and what a run writes until its record is there
+_PAUSE = 0.5  # seconds between two looks at what other sittings made, and at signals
 
 
 def run_study(
     study: Study,
     *,
-    workers: int = 1,
+    workers: int | None = None,
     threads: int | None = None,
+    ray: str | None = None,
     stop_after: float | None = None,
     only: tuple[str, ...] = (),
     retry_failed: bool = False,
@@ -45,7 +42,9 @@ def run_study(
     """Check every run's configuration, then make the runs that the study's folder lacks. Whether none is left to make.
 
     Args:
-        workers: runs side by side; each takes `threads` threads (by default its part of the processors).
+        workers: runs side by side; each takes `threads` threads (by default its part of the processors). With `ray`
+            it is by default as many as the cluster has room for, else one.
+        ray: make the runs on a Ray cluster: the address of one, or "local" to start one on this machine.
         stop_after: minutes after which no run begins.
         only: labels of methods; others are left for another sitting, or another machine.
         retry_failed: make again what failed before this sitting.
@@ -72,32 +71,26 @@ def run_study(
             if record.failed:
                 (folder / RUNS / f"{name}.json").unlink()
     _refuse_changes(study, folder)
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = threads or max(1, processors // workers)
-    sitting = _Sitting(study, folder, threads=threads, only=only, stop_after=stop_after, say=say)
-    done, planned = done_and_planned(study, read_records(folder))
-    say(f"{study.name}: {done} of {planned} runs are over; {workers} side by side, {threads} threads each -> {folder}")
-    crew = [threading.Thread(target=sitting.work, daemon=True) for _ in range(workers)]
     main = threading.current_thread() is threading.main_thread()  # no other may set what signals do
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT) if main}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if main}
     try:
-        for worker in crew:
-            worker.start()
-        while any(worker.is_alive() for worker in crew):
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        sitting.stop()
-        raise
+        maker = _maker(folder, workers=workers, threads=threads, ray=ray)  # Ray sets what SIGTERM does
+        sitting = _Sitting(study, folder, maker, only=only, stop_after=stop_after, say=say)
+        for number in before:
+            signal.signal(number, sitting.interrupt)
+        sitting.work()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if sitting.error is not None:
-        raise sitting.error
     return not ready(study, read_records(folder))
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _maker(folder: Path, *, workers: int | None, threads: int | None, ray: str | None) -> Maker:
+    if ray is None:
+        return Processes(folder, workers=workers, threads=threads)
+    from .ray_tasks import RayTasks  # an extra
+
+    return RayTasks(folder, address=ray, workers=workers, threads=threads)
 
 
 def _refuse_changes(study: Study, folder: Path) -> None:
@@ -112,109 +105,104 @@ def _refuse_changes(study: Study, folder: Path) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A run under way."""
+
+    spec: Spec
+    lock: IO[str]
+    began: float  # time.monotonic()
+
+
 class _Sitting:
-    """What the workers share."""
+    """One call of `run_study`: takes what can be made, has it made, and takes note of what is over."""
 
     def __init__(
         self,
         study: Study,
         folder: Path,
+        maker: Maker,
         *,
-        threads: int,
         only: tuple[str, ...],
         stop_after: float | None,
         say: Callable[[str], None],
     ) -> None:
-        self.study, self.folder, self.threads, self.only, self.say = study, folder, threads, only, say
-        self.work_folder = folder / _WORK
+        self.study, self.folder, self.maker, self.only, self.say = study, folder, maker, only, say
+        self.work_folder = folder / WORK
         self.work_folder.mkdir(exist_ok=True)
         (self.work_folder / ".gitignore").write_text("*\n")
         self.ends = None if stop_after is None else time.monotonic() + 60 * stop_after
-        self.lock = threading.Lock()
-        self.running: dict[str, subprocess.Popen[bytes] | None] = {}  # None until it has begun
-        self.stopping = False
-        self.error: BaseException | None = None
+        self.running: dict[str, _Run] = {}
+        self.interrupted = False
 
     def work(self) -> None:
-        """Take one run after the other, until there is none to take; waits where others' runs may lead to more."""
+        """Make one run after the other, until there is none to make; waits where its own runs may lead to more."""
+        done, planned = done_and_planned(self.study, read_records(self.folder))
+        maker = self.maker
+        shares = f"{maker.workers} side by side, {maker.threads} threads each{maker.where}"
+        self.say(f"{self.study.name}: {done} of {planned} runs are over; {shares} -> {self.folder}")
         try:
-            while not self.stopping:
-                if self.ends is not None and time.monotonic() > self.ends:
-                    return
-                taken = self.take()
-                if taken is None:
-                    with self.lock:
-                        idle = not self.running
-                    if idle:
+            while self.begin() and not self.interrupted:
+                for name, code in maker.wait(_PAUSE).items():
+                    if code in ENDED:
+                        self.say(f"{name} was ended from outside: it left nothing, and begins anew in the next sitting")
                         return
-                    time.sleep(0.5)
-                    continue
-                spec, lock = taken
-                with lock:
-                    self.make(spec, lock)
-        except BaseException as error:
-            self.error = error
-            self.stop()
+                    self.over(name, code)
+        finally:
+            maker.stop()
+            for run in self.running.values():
+                run.lock.close()
+        if self.interrupted:
+            raise KeyboardInterrupt
 
-    def take(self) -> tuple[Spec, IO[str]] | None:
+    def interrupt(self, number: int, frame: object) -> None:
+        """What a signal does: the runs are ended at the next pause, at a second signal at once."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def begin(self) -> bool:
+        """Begin as many runs as may be under way. Whether any is."""
+        while len(self.running) < self.maker.workers and not self.interrupted:
+            if self.ends is not None and time.monotonic() > self.ends:
+                break
+            run = self.take()
+            if run is None:
+                break
+            self.running[run.spec.name] = run
+            self.maker.start(run.spec, run.lock)
+        return bool(self.running)
+
+    def take(self) -> _Run | None:
         """The next run that nobody makes, and the lock on it."""
-        with self.lock:
-            records = read_records(self.folder)
-            for spec in hopeless(self.study, records):
-                self.fail(spec, "no run of its search, or its calibration, ended well")
-            for spec in ready(self.study, records):
-                if self.only and spec.method is not None and spec.method not in self.only:
-                    continue
-                lock = open(self.work_folder / f"{spec.name}.lock", "w")  # noqa: SIM115  (held while the run lasts)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    lock.close()
-                    continue
-                if (self.folder / RUNS / f"{spec.name}.json").exists():  # made since the records were read
-                    lock.close()
-                    continue
-                self.running[spec.name] = None
-                return spec, lock
+        records = read_records(self.folder)
+        for spec in hopeless(self.study, records):
+            self.fail(spec, "no run of its search, or its calibration, ended well")
+        for spec in ready(self.study, records):
+            if spec.name in self.running:
+                continue
+            if self.only and spec.method is not None and spec.method not in self.only:
+                continue
+            lock = open(self.work_folder / f"{spec.name}.lock", "w")  # noqa: SIM115  (held while the run lasts)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                continue
+            if (self.folder / RUNS / f"{spec.name}.json").exists():  # made since the records were read
+                lock.close()
+                continue
+            return _Run(spec, lock, time.monotonic())
         return None
 
-    def make(self, spec: Spec, lock: IO[str]) -> None:
-        place = self.work_folder / spec.name
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        write_json(place / "spec.json", dataclasses.asdict(spec))
-        log, began = self.work_folder / f"{spec.name}.log", time.monotonic()
-        command = [sys.executable, "-m", "thrifty.study.worker"]
-        command += [str(place / "spec.json"), str(self.folder / RUNS / f"{spec.name}.json"), str(place / "run")]
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "COLUMNS": "1000"}
-        with log.open("w") as file:
-            with self.lock:
-                if self.stopping:
-                    return
-                # the run holds the lock too: it is not made twice while it survives a killed study
-                child = subprocess.Popen(
-                    command,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    pass_fds=[lock.fileno()],
-                    start_new_session=True,  # Ctrl-C in a terminal reaches the study alone
-                )
-                self.running[spec.name] = child
-            code = child.wait()
-        with self.lock:
-            self.running.pop(spec.name, None)
-            stopping = self.stopping
-        shutil.rmtree(place, ignore_errors=True)
-        if stopping:
-            return
-        if code in _ENDED:
-            self.say(f"{spec.name} was ended from outside: it left nothing, and begins anew in the next sitting")
-            self.stop()
-            return
+    def over(self, name: str, code: int) -> None:
+        """Say how a run ended, once its record is there."""
+        run = self.running[name]
         if code != 0:
-            self.fail(spec, _reason(code, log))
-        self.report(spec, began=began, code=code)
+            self.fail(run.spec, _reason(code, self.work_folder / f"{name}.log"))
+        self.report(run.spec, began=run.began, code=code)
+        del self.running[name]
+        run.lock.close()
 
     def report(self, spec: Spec, *, began: float, code: int) -> None:
         records = read_records(self.folder)
@@ -229,25 +217,9 @@ class _Sitting:
     def fail(self, spec: Spec, reason: str) -> None:
         from .worker import run_info  # it loads torch
 
-        info = run_info(spec) | {"error_msg": reason, "threads": self.threads}
+        info = run_info(spec) | {"error_msg": reason, "threads": self.maker.threads}
         record = {"run_info": info, "train_info": {"status": "failed", "metrics": []}, "meta_info": {}}
         write_record(self.folder, spec.name, record)
-
-    def stop(self) -> None:
-        """End the runs under way; they leave nothing."""
-        with self.lock:
-            self.stopping = True
-            children = [child for child in self.running.values() if child is not None]
-        for child in children:
-            child.terminate()
-        for child in children:
-            try:
-                child.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-        for name in list(self.running):
-            shutil.rmtree(self.work_folder / name, ignore_errors=True)
 
 
 def _reason(code: int, log: Path) -> str:
