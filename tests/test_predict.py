@@ -154,6 +154,15 @@ def test_the_probe_counts() -> None:
     assert 0.4 * found.step.saved < found.probe.saved < 1.6 * found.step.saved  # twice the rows, half of the layers
 
 
+def test_dropout_keeps_a_byte_a_number_on_a_gpu() -> None:
+    one = job("llama", {"peft": {"peft_type": "LORA", "r": 4, "lora_dropout": 0.1}})
+    processor, gpu = traced(one, heap=True).step, traced(one).step
+    read = 6 * 40 + 72  # inputs of q, k, v, o, gate, up, and of down: each drops its own
+    lowest = 3 * 40  # no gradient goes below the lowest q, k, v, so they keep no mask
+    assert processor.saved - gpu.saved == 3 * ROWS * LENGTH * (4 * read - lowest)
+    assert gpu.work["bytes"] < processor.work["bytes"]
+
+
 def test_cores_between_subspaces_are_counted_with_their_subspaces() -> None:
     one = dataclasses.replace(job("llama", "gradient_axes", optimizer="muon"), budget=Budget.parse(0.05))
     found = traced(one)

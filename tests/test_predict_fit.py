@@ -76,6 +76,13 @@ def test_what_fits_fits_and_the_next_does_not() -> None:
     assert largest_batch(one, device, 1e6) is None  # not even the process
 
 
+def test_weights_that_do_not_fit_are_told_without_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, device = job(), find_hardware("l4")
+    monkeypatch.setattr("thrifty.predict.fit.estimate_job", None)
+    found = fit_job(one, device, 1e9 * device.framework_gb)
+    assert (found.rows, found.length, found.budget) == (None, None, None)
+
+
 def test_steps_within_hours_and_money() -> None:
     estimate = estimate_job(job(), find_hardware("l4"), price=2.0)
     hour = steps_within(estimate, hours=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from .job import Job
 from .ledger import Segment
 from .placing import attach, probed
 from .skeleton import build, tensors_of, weight_bytes
-from .trace import Trace
+from .trace import Trace, fused_dropout
 
 __all__ = ["Estimate", "Traced", "estimate_job", "on", "state_bytes", "traced"]
 
@@ -101,16 +102,18 @@ class Estimate:
 
 def traced(job: Job, *, heap: bool = False, probe: bool = True) -> Traced:
     """Run a step of `job` without values. Seconds, whatever the model's size. `heap`: whether it is for a device with
-    one; `probe`: whether what the method looks at first is run too. ThriftyError as a run would give it."""
+    one, a processor; `probe`: whether what the method looks at first is run too. ThriftyError as a run would give it.
+    """
     model = build(job)
     parameters, weights = distinct_parameters(model), weight_bytes(model)
     bare = build(job) if probe and job.method.needs_probe else None
     model_, _ = attach(model, job.method, job.budget)
     leaves = [p for p in model_.parameters() if p.requires_grad]
-    step = grow(job, model_)
-    mean = step
-    if job.mean_length is not None and round(job.mean_length) != job.length:
-        mean = grow(dataclasses.replace(job, length=max(1, round(job.mean_length))), model_)
+    with nullcontext() if heap else fused_dropout():
+        step = grow(job, model_)
+        mean = step
+        if job.mean_length is not None and round(job.mean_length) != job.length:
+            mean = grow(dataclasses.replace(job, length=max(1, round(job.mean_length))), model_)
     return Traced(
         job=job,
         parameters=parameters,

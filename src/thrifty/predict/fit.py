@@ -12,6 +12,7 @@ from ..core.errors import ThriftyError
 from .cost import Estimate, estimate_job
 from .hardware import Hardware
 from .job import Job
+from .skeleton import build, weight_bytes
 
 __all__ = ["Fit", "fit_job", "largest", "largest_batch", "parse_bytes", "steps_within"]
 
@@ -77,7 +78,9 @@ def largest_batch(job: Job, hardware: Hardware, memory_bytes: float, *, most: in
 
 def fit_job(job: Job, hardware: Hardware, memory_bytes: float) -> Fit:
     """What fits into `memory_bytes`: rows of a micro-batch, tokens of a row (in steps of 8), and the budget (in
-    steps of 0.1 % of the model, for methods that spend one)."""
+    steps of 0.1 % of the model, for methods that spend one). Where the weights alone do not, no step is traced."""
+    if weight_bytes(build(job)) + 1e9 * hardware.framework_gb > memory_bytes:
+        return Fit(memory_bytes=memory_bytes, rows=None, length=None, budget=None)
 
     def of_length(units: int) -> float:
         changed = dataclasses.replace(job, length=_LENGTH_STEP * units, mean_length=None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from transformers import masking_utils
 
 from ..kernels.label_loss import chunk_rows
@@ -23,7 +24,7 @@ from .ledger import Ledger, Segment
 from .skeleton import cut, fake, layers_of, quiet
 from .unroll import Allocation
 
-__all__ = ["Trace", "loss_plan", "trace"]
+__all__ = ["Trace", "fused_dropout", "loss_plan", "trace"]
 
 _OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # configuration keys
 
@@ -114,6 +115,22 @@ def _unpacked() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = found
+
+
+@contextmanager
+def fused_dropout() -> Iterator[None]:
+    """Dropout as on a GPU: one operation, whose mask has a byte a number. On a processor it is three, with a mask as
+    large as the input."""
+    found = functional.dropout
+
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 else found(input, p, training, inplace)
+
+    functional.dropout = dropout
+    try:
+        yield
+    finally:
+        functional.dropout = found
 
 
 def _share_strips(model: nn.Module, batch: dict[str, Tensor], mode: FakeTensorMode) -> None:
