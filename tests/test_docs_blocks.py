@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 import shlex
+import shutil
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_the_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
     elif page.name == "estimate.md":
         values = "model: smollm2-135m\ndata: {train: requests.jsonl}\nbudget: 2%\nmax_steps: 3\n"
         (commands / "run.yaml").write_text(values, encoding="utf-8")
+    elif page.name == "scale.md":
+        shutil.copytree(ROOT / "configs", commands / "configs")
     for block in blocks(page):
         monkeypatch.chdir(python if block.language == "python" else commands)
         if block.not_run:
