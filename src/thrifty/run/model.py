@@ -21,6 +21,7 @@ __all__ = [
     "ModelName",
     "apply_delta",
     "base_and_deltas",
+    "check_weights",
     "delta_folder",
     "empty_model",
     "load_model",
@@ -121,7 +122,8 @@ def _load_base(spec: str, *, dtype: str | torch.dtype, trust_remote_code: bool) 
     source = resolve(spec)
     local = Path(source).is_dir()
     if local:
-        _check_folder(Path(source))
+        _check_config(Path(source))
+        _check_weights(Path(source))
     try:
         with no_progress_bars() if local else contextlib.nullcontext():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -146,12 +148,12 @@ def empty_model(spec: ModelName, *, dtype: str = "float32", trust_remote_code: b
     """The base of `spec` without values, on the meta device: its names, shapes and configuration in a second.
 
     Raises:
-        ThriftyError: as `load_model`, as far as that can be told without reading the weights.
+        ThriftyError: as `load_model`, as far as that can be told without weights (see `check_weights`).
     """
     base, deltas = base_and_deltas(spec)
     source = resolve(base)
     if Path(source).is_dir():
-        _check_folder(Path(source))
+        _check_config(Path(source))
     for folder in deltas:
         delta_folder(folder)
     try:
@@ -164,6 +166,13 @@ def empty_model(spec: ModelName, *, dtype: str = "float32", trust_remote_code: b
         raise _not_loaded("model", base, source, error) from error
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def check_weights(spec: ModelName) -> None:
+    """ThriftyError where the folder of `spec`'s base holds no weights that can be loaded."""
+    source = resolve(base_and_deltas(spec)[0])
+    if Path(source).is_dir():
+        _check_weights(Path(source))
 
 
 def load_tokenizer(spec: ModelName, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -204,7 +213,7 @@ def apply_delta(folder: str | Path, *, model: PreTrainedModel, tokenizer: PreTra
     return applied
 
 
-def _check_folder(folder: Path) -> None:
+def _check_config(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; did you mean {str(folder / inner[0])!r}?" if inner else ""
@@ -213,6 +222,9 @@ def _check_folder(folder: Path) -> None:
         elif (folder / "delta.json").is_file():
             hint = ": it is a delta; set model to its base"
         raise ThriftyError(f"model folder {str(folder)!r} has no config.json{hint}")
+
+
+def _check_weights(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))

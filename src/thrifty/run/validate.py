@@ -23,7 +23,7 @@ from .checks.step import try_step
 from .checks.texts import check_texts, describe_tokenizer
 from .config import RunConfig
 from .display import human_bytes
-from .model import empty_model, load_tokenizer
+from .model import check_weights, empty_model, load_tokenizer
 from .rows import check_positions
 
 __all__ = ["validate"]
@@ -62,6 +62,7 @@ def _look(report: Report, settings: Settings, *, step: bool) -> None:
         with report.attempt():
             model = empty_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             report.say(_describe_model(model))
+            check_weights(config.model)
     if not broken & {"model", "tokenizer", "trust_remote_code"}:
         with report.attempt():
             tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
