@@ -101,7 +101,7 @@ def test_blocks_and_entries_of_the_highest_input_statistic(statistic: str, famil
 def test_columns_by_the_norm_of_their_input() -> None:
     """SMT's second variant: input channels by the size of their activation."""
     _, data, exact = setup("llama")
-    method = {"smt": {"score": "input_norm", "block_size": "column", "target_modules": ["up_proj"]}}
+    method = {"smt": {"score": "input_norm", "block_size": "column", "scope": "global", "target_modules": ["up_proj"]}}
     plan = attach(build("llama", layers=2), method, budget=72 * 9, batches=data).plan
     norms = {name: exact[name].square().sum(0).sqrt() for name in exact if "up_proj" in name}
     best = sorted(((float(n), name, i) for name, of in norms.items() for i, n in enumerate(of)), reverse=True)[:9]

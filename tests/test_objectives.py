@@ -34,7 +34,7 @@ from thrifty.run.train import train
 
 LOW_RANK = [{"select": {"weights": {"target_modules": ["q_proj", "v_proj"]}}, "update": {"low_rank": {"r": 3}}}]
 METHODS: dict[str, tuple[Any, float | None]] = {
-    "smt": ("smt", 0.3),
+    "smt": ({"smt": {"scope": "global"}}, 0.3),
     "full": ("full", None),
     "lora": (LORA, None),
     "low_rank": (LOW_RANK, None),

@@ -30,7 +30,7 @@ def chosen(plan: Plan) -> dict[str, set[tuple[int, ...]]]:
 
 
 def plan_of(family: str, data: list[Mapping[str, Tensor]], *, budget: float | int = 0.05, **options: object) -> Plan:
-    return attach(build(family, layers=2), {"smt": options}, budget=budget, batches=data).plan
+    return attach(build(family, layers=2), {"smt": {"scope": "global"} | options}, budget=budget, batches=data).plan
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -71,4 +71,4 @@ def test_one_block_in_each_strip_of_a_square_matrix() -> None:
 
 def test_it_needs_the_scope_of_a_matrix() -> None:
     with pytest.raises(ThriftyError, match="spread places blocks in each matrix: it needs scope per_matrix"):
-        thrifty.attach(build("llama"), {"random_blocks": {"spread": True}}, budget=0.1)
+        thrifty.attach(build("llama"), {"random_blocks": {"spread": True, "scope": "global"}}, budget=0.1)

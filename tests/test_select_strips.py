@@ -48,7 +48,7 @@ def groups(names: list[str]) -> list[list[str]]:
 
 
 def plan_of(family: str, *, budget: float = 0.05, **options: Any) -> Plan:
-    return attach(build(family, layers=2), {"smt": options}, budget=budget, batches=setup(family)[1]).plan
+    return attach(build(family, layers=2), {"smt": {"scope": "global"} | options}, budget=budget, batches=setup(family)[1]).plan
 
 
 def chosen(plan: Plan) -> dict[str, set[tuple[int, ...]]]:
@@ -235,7 +235,7 @@ def test_a_choice_without_a_linear_layer_is_refused() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_random_blocks_lie_in_random_strips(family: str) -> None:
     def random_plan(seed: int) -> Plan:
-        method = {"random_blocks": {"block_size": 4, "input_budget": "10%"}}
+        method = {"random_blocks": {"block_size": 4, "input_budget": "10%", "scope": "global"}}
         return attach(build(family, layers=2), method, budget=0.02, seed=seed).plan
 
     plans = [random_plan(seed) for seed in (0, 0, 1)]

@@ -20,7 +20,7 @@ __all__ = ["random_blocks"]
 )
 def random_blocks(
     *,
-    scope: str = "global",
+    scope: str = "per_matrix",
     block_size: BlockSize = "auto",
     target_modules: str | Sequence[str] = "all-linear",
     input_budget: float | str | None = None,
@@ -28,7 +28,7 @@ def random_blocks(
 ) -> Method:
     """Train, in place, blocks chosen at random by the seed.
 
-    Every block B is equally likely (`scope: per_matrix`: each matrix gets its share); W[B] alone is trained. With
+    Each matrix gets its share (`scope: global`: every block B is equally likely); W[B] alone is trained. With
     `input_budget: 10%` strips of inputs are drawn first, as in smt, then blocks inside them. It tells how much of
     another method's result is due to where it trains; with blocks of 8 it came out beside LoRA (docs/defaults.md).
     When not to use it: where backward should keep few inputs (smt's blocks crowd).
