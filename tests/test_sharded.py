@@ -25,6 +25,7 @@ STEPS, PARTS, ROWS, LENGTH = 20, 2, 4, 12
 METHODS: dict[str, Any] = {
     "smt": {"smt": {"block_size": 8}},
     "gps": "gps",
+    "rows": [{"select": {"blocks": {"block_size": "row", "target_modules": ["embed_tokens"]}}}],
     "axes": "gradient_axes",
     "full": "full",
     "pairs": [{"select": {"weights": {"target_modules": ["q_proj"]}}, "update": {"low_rank": {"r": 2}}}],
@@ -83,6 +84,9 @@ def trained(name: str, how: str, *, dtype: torch.dtype, start: dict[str, Tensor]
             share = ROWS // world
             loss = loss_of(run, rows(2 * step + part)[rank * share : (rank + 1) * share]) / PARTS
             loss.backward()
+            if how == "fsdp":  # nothing but the leaves: no dense gradient travels
+                leaves = {id(leaf) for leaf in tuning.parameters()}
+                assert all(p.requires_grad == (id(p) in leaves) for p in model.parameters())
             total += loss.detach().double()
         if world > 1:
             distributed.all_reduce(total)
@@ -95,10 +99,10 @@ def trained(name: str, how: str, *, dtype: torch.dtype, start: dict[str, Tensor]
 def outcome(name: str, how: str, *, dtype: torch.dtype) -> dict[str, Tensor]:
     losses, tuning, sent_bytes = trained(name, how, dtype=dtype)
     found = {"losses": torch.tensor(losses, dtype=torch.float64), "sent": torch.tensor(sent_bytes)}
-    found |= {f"state {key}": value.clone() for key, value in tuning.state().items()}
     with tuning.base() as model:
         ids = rows(5)
         found["base"] = model(input_ids=ids).logits.clone()
+    found |= {f"state {key}": value.clone() for key, value in tuning.state().items()}
     found["tuned"] = tuning.model(input_ids=ids).logits.detach().clone()
     for key, piece in tuning.delta().pieces.items():
         found[f"delta {key}"] = piece.region.size(tuning.plan.shapes[key]) * torch.ones(1)

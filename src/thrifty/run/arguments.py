@@ -14,6 +14,7 @@ from thrifty.core.errors import ThriftyError, unknown
 
 from .config import RunConfig
 from .objectives import parse_objective, trl_arguments
+from .sharding import sharding_problems
 
 __all__ = ["keeps_best", "schedule_problems", "training_arguments", "with_defaults"]
 
@@ -50,6 +51,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     training = dict(config.training)
     for text in schedule_problems(config):
         raise ThriftyError(text)
+    for name in ("fsdp", "fsdp_config"):
+        training.pop(name, None)  # ours: accelerate would shard before the model is attached, and not at all on a CPU
     training.pop("load_best_model_at_end", None)  # ours: the stock check wants save_steps to divide eval_steps
     checkpointing = dict(training.pop("activation_checkpointing_kwargs", None) or {})
     if checkpointing.setdefault("use_reentrant", False):
@@ -88,7 +91,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
 
 
 def schedule_problems(config: RunConfig) -> Iterator[str]:
-    """What of the evaluations, checkpoints and order of rows does not fit together, each with its fix."""
+    """What of the evaluations, checkpoints, order of rows and sharding does not fit together, each with its fix."""
     evaluates = config.training.get("eval_strategy", "no") != "no"
     if config.early_stopping_patience is not None and not evaluates:
         yield "early_stopping_patience needs evaluations while training: give eval_steps (eval_steps=50)"
@@ -100,6 +103,7 @@ def schedule_problems(config: RunConfig) -> Iterator[str]:
         yield "load_best_model_at_end needs evaluations while training (eval_steps=50)"
     if keeps_best(config) and config.training.get("save_strategy", "steps") == "no":
         yield "load_best_model_at_end needs checkpoints: leave out save_strategy=no"
+    yield from sharding_problems(config)
 
 
 def _trackers(report_to: Any) -> list[str]:

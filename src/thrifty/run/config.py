@@ -118,5 +118,6 @@ def training_fields() -> dict[str, Any]:
 
     ours = {item.name for item in dataclasses.fields(RunConfig)}
     fields = {item.name: item.type for item in dataclasses.fields(TrainingArguments) if item.init}
+    fields |= {"fsdp": bool | str | None, "fsdp_config": dict[str, Any] | None}  # transformers types the first as text
     fields["train_sampling_strategy"] = Literal["random", "sequential", "group_by_length"]
     return {name: kind for name, kind in fields.items() if name not in ours and name not in OWNED}

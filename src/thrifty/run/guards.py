@@ -10,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from thrifty.core.errors import ThriftyError
 from thrifty.update.peer import PeerTuning
+from thrifty.update.sharded import whole
 from thrifty.update.tuning import Tuning
 
 from .schedule import follow
@@ -57,7 +58,7 @@ class Guards(TrainerCallback):
             self.checked_gradients = True
         if not self.moved:  # asked before the step, after which other leaves may be trained
             gradients = [leaf.grad for leaf in self.tuning.named_leaves().values()]
-            self.had_gradient = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+            self.had_gradient = any(gradient is not None and bool(whole(gradient).any()) for gradient in gradients)
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         skipped = self.trainer.finite.skipping

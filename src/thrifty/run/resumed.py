@@ -50,6 +50,8 @@ _FREE = frozenset(
         "dataloader_pin_memory",
         "dataloader_prefetch_factor",
         "dataloader_persistent_workers",
+        "fsdp",
+        "fsdp_config",
         "eval",
     }
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from thrifty.core.errors import ThriftyError
+from thrifty.update.sharded import cut_as, whole
 
 __all__ = [
     "load_optimizer_state",
@@ -79,10 +80,16 @@ def _names(optimizer: torch.optim.Optimizer, leaves: Mapping[str, nn.Parameter])
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, leaves: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """`optimizer.state_dict()` with the state kept under the leaves' names, which outlive a change of their order."""
+    """`optimizer.state_dict()` with the state kept under the leaves' names, which outlive a change of their order.
+
+    What the processes hold in parts is gathered: all of them call this.
+    """
     state = optimizer.state_dict()
     names = _names(optimizer, leaves)
-    by_name = {names[number]: entry for number, entry in state["state"].items()}
+    by_name = {
+        names[number]: {key: whole(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for number, entry in state["state"].items()
+    }
     groups = [group | {"params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
     return state | {"state": by_name, "param_groups": groups}
 
@@ -104,7 +111,10 @@ def load_optimizer_state(
         # torch matches by position within the group, so the order is the current one.
         groups.append(saved | {"params": [number[name] for name in here]})
         first += len(here)
-    by_number = {number[name]: entry for name, entry in state["state"].items()}
+    by_number = {
+        number[name]: {k: cut_as(v, leaves[name]) if isinstance(v, Tensor) else v for k, v in entry.items()}
+        for name, entry in state["state"].items()
+    }
     optimizer.load_state_dict({**state, "state": by_number, "param_groups": groups})
 
 

@@ -22,7 +22,7 @@ from thrifty.data import collate
 from thrifty.delta import Delta, NewTokens
 from thrifty.delta.vocabulary import extend
 from thrifty.objective.isolation import check_packing
-from thrifty.objective.next_token import install, uninstall
+from thrifty.objective.next_token import install
 from thrifty.objective.proof import prepare
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning, attach_with
@@ -45,8 +45,10 @@ from .out_of_memory import memory_errors
 from .probe_batches import check_text, probe_batches, probe_loss
 from .provenance import record_of
 from .repeat import differences
+from .result import finished
 from .resumed import refuse_changes, warn_of_processes
 from .rows import Rows, check_fits, load_rows, order_of, origins_of, packed_rows
+from .sharding import parse_sharding, shard, takes_sharded
 from .stop import Stop
 from .summary import delta_info, describe_data, make_summary, print_result
 from .trainer import Row, ThriftyTrainer
@@ -158,7 +160,7 @@ def _run(
             delta.save(output / "delta")
             if new_tokens is not None:
                 save_tokenizer(tokenizer, output / "tokenizer")
-    model = _finish(tuning, trainer)
+    model = finished(tuning, trainer, config=config, delta=delta)
     answers = output / "answers.jsonl" if args.should_save else None
     with disk_errors(str(answers), fix=_GO_ON):
         after = measure(model, config=config.eval, answers_file=answers)
@@ -216,6 +218,8 @@ def train_rows(
         if config.packing and tuning.model is not model:
             check_packing(tuning.model)  # a wrapper may drop the positions
         record.setdefault("probe_seconds", tuning.probe_seconds)
+        sharding = parse_sharding(config.training)
+        sharded = sharding is not None and shard(tuning, sharding)
         trainer = _trainer(
             config,
             replace(rows, train=trained),
@@ -231,6 +235,8 @@ def train_rows(
             callbacks=[display],
             optimizers=(_own_optimizer(config, args, tuning), None),
         )
+        if sharded:
+            takes_sharded(trainer)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         trainer.note_result(best=keeps_best(config))
     finally:
@@ -287,14 +293,3 @@ def _trainer(
         patience=config.early_stopping_patience,
         **shared,
     )
-
-
-def _finish(tuning: Tuning | PeerTuning, trainer: ThriftyTrainer) -> nn.Module:
-    """The plain model, ready to answer: no loss, no checkpointing, no autocast left on it."""
-    if trainer.args.activation_checkpointing:
-        trainer.model.activation_checkpointing_disable()
-    trainer.unwrap()
-    model: Any = tuning.finish()
-    uninstall(model)
-    model.config.use_cache = trainer.used_cache
-    return model.eval()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .part import InPlaceModule, Part
+from .sharded import is_sharded
 
 __all__ = ["seeing_class"]
 
@@ -42,7 +43,9 @@ def _property(attribute: str) -> property:
         part, weight = self._thrifty[attribute], self._parameters[attribute]
         if not torch.compiler.is_compiling():
             part.flush()
-        if weight is None or not torch.is_grad_enabled() or not part.leaf.requires_grad:
+        if weight is None or is_sharded(weight):  # FSDP2 itself looks, to put it together for forward
+            return weight
+        if not torch.is_grad_enabled() or not part.leaf.requires_grad:
             return weight
         return _See.apply(part.leaf, weight, part)
 

@@ -19,6 +19,7 @@ from ..core.plan import Plan
 from ..core.region import Whole
 from ..delta import fingerprint
 from ..delta.peer import PeerDelta, merge
+from .sharded import copy_whole, let_go, whole
 
 __all__ = ["NO_NEW_TOKENS", "PeerTuning", "PeftAdapter", "attach_peer", "may_rewrite_base"]
 
@@ -117,9 +118,15 @@ class PeerTuning:
         self.plan = Plan(
             dict.fromkeys(leaves, Whole()), shapes={n: tuple(p.shape) for n, p in leaves.items()}, total=total
         )
-        self._leaves = leaves
         self._start = {n: p.detach().clone() for n, p in leaves.items()}
         self._base = self._touched(base)
+
+    @property
+    def _leaves(self) -> dict[str, nn.Parameter]:
+        """Looked up each time: sharding the model puts other tensors in their places."""
+        let_go(self.model)
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in self.plan}
 
     def _touched(self, base: Mapping[str, str]) -> dict[str, str]:
         """Fingerprints of the base weights under PEFT's layers."""
@@ -159,7 +166,7 @@ class PeerTuning:
 
     def named_leaves(self) -> dict[str, nn.Parameter]:
         """Name in the wrapper -> tensor."""
-        return dict(self._leaves)
+        return self._leaves
 
     def optimizer(self, *, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         """AdamW over all leaves."""
@@ -188,6 +195,7 @@ class PeerTuning:
         """PEFT's adapter as it stands."""
         from peft import get_peft_model_state_dict
 
+        let_go(self.model)
         state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         config = copy.deepcopy(self.model.peft_config["default"])
         config.inference_mode = True
@@ -195,7 +203,7 @@ class PeerTuning:
             {},
             method=self.method.to_dict(),
             total=self._total,
-            state={n: t.detach().cpu().clone() for n, t in state.items()},
+            state={n: whole(t.detach()).cpu().clone() for n, t in state.items()},
             config=config,
             base=dict(self._base),
         )
@@ -211,29 +219,31 @@ class PeerTuning:
 
     def state(self) -> dict[str, Tensor]:
         """The trainable tensors, for a checkpoint."""
-        return {name: p.detach() for name, p in self._leaves.items()}
+        return {name: whole(p.detach()) for name, p in self._leaves.items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state()` back in place."""
-        for name in self._leaves.keys() ^ state.keys():
+        leaves = self._leaves
+        for name in leaves.keys() ^ state.keys():
             raise ThriftyError(
                 f"the checkpoint and the adapter differ in {name}: resume with the run's own configuration"
             )
-        for name, p in self._leaves.items():
-            p.copy_(state[name])
+        for name, p in leaves.items():
+            copy_whole(state[name], p)
 
     def check_gradients(self) -> None:
         """After the first backward: ThriftyError names tensors without a gradient."""
-        without = [name for name, p in self._leaves.items() if p.grad is None]
+        leaves = self._leaves
+        without = [name for name, p in leaves.items() if p.grad is None]
         if without:
             raise ThriftyError(
-                f"{len(without)} of {len(self._leaves)} trained tensors got no gradient in the first step, "
+                f"{len(without)} of {len(leaves)} trained tensors got no gradient in the first step, "
                 f"first {without[0]}: leave its module out of target_modules"
             )
 
     def check_changed(self) -> None:
         """After the first step: ThriftyError where no trained value moved."""
-        if all(torch.equal(p.detach(), self._start[name]) for name, p in self._leaves.items()):
+        if all(torch.equal(whole(p.detach()), self._start[name]) for name, p in self._leaves.items()):
             raise ThriftyError("no trained value moved in the first step: check the learning rate and the labels")
         self._start = {}

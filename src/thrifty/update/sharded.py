@@ -1,7 +1,8 @@
 """Weights of which each process holds some rows (FSDP2): reading them whole, writing trained values where they lie.
 
 The leaf is sharded like any parameter. After a step it is gathered, and each process writes the values that fall into
-its own rows of `W`. All processes read and write together, in the order of the plan.
+its own rows of `W`. All processes read and write together, in the order of the plan. A forward without a backward
+leaves the root's weights gathered: `let_go` comes before whatever reads or writes them from outside.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from typing_extensions import TypeIs
 
 from ..core.errors import ThriftyError
 from ..core.region import Region
 
-__all__ = ["HeldRows", "copy_whole", "is_sharded", "refuse_sharded", "whole"]
+__all__ = ["HeldRows", "copy_whole", "cut_as", "is_sharded", "let_go", "refuse_sharded", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
@@ -34,6 +36,20 @@ def refuse_sharded(tensor: Tensor, what: str) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """`tensor`, of a sharded one all of it: then all processes call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def let_go(model: nn.Module) -> None:
+    """Give up weights that a forward gathered: the parameters of `model` are those that its optimizer holds again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def cut_as(values: Tensor, leaf: Tensor) -> Tensor:
+    """`values`, which every process has whole, sharded as `leaf` is; as they are where their shape is another one."""
+    if not isinstance(leaf, DTensor) or values.shape != leaf.shape:
+        return values
+    return distribute_tensor(values.to(leaf.device), leaf.device_mesh, leaf.placements, src_data_rank=None)
 
 
 def _rows(tensor: DTensor) -> tuple[int, int]:

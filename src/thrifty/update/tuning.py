@@ -24,7 +24,7 @@ from .early_stop import allow_early_stop, as_before
 from .part import Part
 from .peer import NO_NEW_TOKENS, PeerTuning, attach_peer
 from .place import place, take_off
-from .sharded import whole
+from .sharded import let_go, whole
 
 __all__ = ["Tuning", "attach", "attach_with", "mark"]
 
@@ -89,6 +89,7 @@ class Tuning:
     def _live(self) -> dict[str, Part]:
         if not self._parts:
             raise ThriftyError("this tuning is finished: attach the model again to train it further")
+        let_go(self.model)
         return self._parts
 
     def sync(self) -> None:
@@ -106,6 +107,7 @@ class Tuning:
             for name, part in parts.items():
                 part.swap_in(originals[name])
                 stack.callback(part.swap_out)
+            stack.callback(let_go, self.model)
             torch.clear_autocast_cache()
             with torch.no_grad():
                 yield self.model
