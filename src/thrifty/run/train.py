@@ -35,7 +35,7 @@ from .embedded import no_progress_bars
 from .evaluate import evaluate
 from .folder_state import begin_folder, stopped
 from .lock import locked
-from .lost import lost_processes
+from .lost import lost_processes, warn_of_old_addresses
 from .memory import Clock, MemoryMeter
 from .model import load_model, load_tokenizer
 from .new_tokens import grow, save_tokenizer
@@ -91,6 +91,7 @@ def run_training(config: RunConfig, *, console: Console | None = None, repeats: 
     console.quiet = console.quiet or not args.should_save
     output = Path(args.output_dir)
     check_text(config)
+    warn_of_old_addresses()
     saves = args.save_strategy != SaveStrategy.NO
     try:
         with (

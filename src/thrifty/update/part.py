@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..core.region import Region, Whole
 from ..core.rotated import Basis
 from ..delta import LowRankPiece, Piece
-from .sharded import HeldRows, copy_whole, is_sharded, whole
+from .sharded import HeldRows, copy_whole, is_sharded, refuse_partitioned, whole
 from .strips import merge_pending
 
 __all__ = ["LEAF_PREFIX", "InPlaceModule", "Part", "leaf_dtype"]
@@ -103,6 +103,7 @@ class Part:
 
     def _put(self, values: Tensor) -> None:
         """Packed `values` into `W`."""
+        refuse_partitioned(self.weight)
         weight = self.weight.data
         if not is_sharded(weight):
             self.region.scatter_(weight, values)

@@ -19,7 +19,7 @@ from typing_extensions import TypeIs
 from ..core.errors import ThriftyError
 from ..core.region import Region
 
-__all__ = ["HeldRows", "copy_whole", "cut_as", "is_sharded", "let_go", "refuse_sharded", "whole"]
+__all__ = ["HeldRows", "copy_whole", "cut_as", "is_sharded", "let_go", "refuse_partitioned", "refuse_sharded", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
@@ -31,6 +31,12 @@ def refuse_sharded(tensor: Tensor, what: str) -> None:
     """ThriftyError where `tensor` is sharded, which `what` cannot be."""
     if is_sharded(tensor):
         raise ThriftyError(f"{what} cannot be trained on a sharded model (FSDP2): train with DDP, or in one process")
+
+
+def refuse_partitioned(weight: Tensor) -> None:
+    """ThriftyError where DeepSpeed's ZeRO-3 holds `weight`: what is written into it is lost with the gathered copy."""
+    if hasattr(weight, "ds_tensor"):
+        raise ThriftyError("DeepSpeed's ZeRO-3 cannot train in place: take ZeRO-2, or FSDP2 (fully_shard)")
 
 
 def whole(tensor: Tensor) -> Tensor:
