@@ -195,3 +195,14 @@ def test_what_cannot_be_sharded_says_so(tmp_path: Path) -> None:
         first, second = json.loads((tmp_path / f"{rank}.json").read_text())
         assert "a rotated matrix (sparsegrad) cannot be trained on a sharded model" in first
         assert "method 'lisa', which changes what is trained, cannot be trained on a sharded model" in second
+
+
+def test_zero_3_is_refused_before_anything_is_written() -> None:
+    model = build("llama")
+    tuning = thrifty.attach(model, METHODS["smt"], budget=0.05, batches=probed())
+    optimizer = torch.optim.AdamW(tuning.parameters(), lr=1e-2)
+    for p in model.parameters():
+        p.ds_tensor = p  # type: ignore[attr-defined]  # what marks a weight that DeepSpeed has parted
+    loss_of(model, rows(0)).backward()
+    with pytest.raises(ThriftyError, match="DeepSpeed's ZeRO-3 cannot train in place: take ZeRO-2"):
+        optimizer.step()
