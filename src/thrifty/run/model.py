@@ -16,6 +16,7 @@ from thrifty.core.errors import ThriftyError, nearest, unknown
 from thrifty.delta import Delta
 
 from .embedded import EMBEDDED, embedded_folder, no_progress_bars
+from .loading import streaming
 
 __all__ = [
     "ModelName",
@@ -124,11 +125,12 @@ def _load_base(spec: str, *, dtype: str | torch.dtype, trust_remote_code: bool) 
     if local:
         _check_config(Path(source))
         _check_weights(Path(source))
+    held = _DTYPES.get(str(dtype), dtype)
     try:
-        with no_progress_bars() if local else contextlib.nullcontext():
+        with no_progress_bars() if local else contextlib.nullcontext(), streaming(held):
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
-                dtype=_DTYPES.get(str(dtype), dtype),
+                dtype=held,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
