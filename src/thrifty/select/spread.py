@@ -36,13 +36,17 @@ def spread(scores: Tensor, *, blocks: int) -> Tensor:
 
 
 def spread_scores(scores: Tensor, *, share: float) -> Tensor:
-    """Scores `[..., rows, columns]` that put the cells of `spread` first, about `share` of them, then all others."""
+    """Scores `[..., rows, columns]` that put the cells of `spread` first, about `share` of them, then all others. Last
+    are the matrices (experts of a stack) whose scores are all zero: no token of the data came to them."""
     flat = scores.reshape(-1, *scores.shape[-2:])
     cells = flat[0].numel()
+    used = [bool(grid.any()) for grid in flat]
+    share *= len(used) / max(1, sum(used))
     found = torch.empty(flat.shape, dtype=torch.float64)
-    for one, grid in zip(found, flat, strict=True):
+    for one, grid, seen in zip(found, flat, used, strict=True):
         first = spread(grid, blocks=min(cells, math.ceil(1.1 * share * cells) + 1))
         order = torch.argsort(grid.flatten(), descending=True, stable=True)
         one.view(-1)[order] = -torch.arange(cells, 2 * cells, dtype=torch.float64)
         one[first[:, 0], first[:, 1]] = -torch.arange(len(first), dtype=torch.float64)
+        one -= 0 if seen else 2 * cells
     return found.reshape(scores.shape)
