@@ -32,8 +32,11 @@ _STATE = {
     "rmsprop": 1.0,
     "adagrad": 1.0,
     "galore": 0.5,
-    "8bit": 0.5,
+    "ademamix": 3.0,
 }
+# torchao's and bitsandbytes' states: a code for each number and a float32 scale for each 256; small leaves stay float32
+_FEW_BITS = {"8bit": 8 / 32 + 1 / 256, "4bit": 4 / 32 + 1 / 256}
+_FEWEST = 4096  # numbers
 _STEP_PASSES = 7.0  # of AdamW over a trained number: value, gradient, two moments read; value, two moments written
 
 
@@ -183,8 +186,10 @@ def on(found: Traced, hardware: Hardware, *, price: float | None = None, watts: 
 
 
 def state_bytes(job: Job, trained_bytes: int) -> int:
-    """Of the optimizer named `job.optimizer`."""
+    """What the optimizer named `job.optimizer` keeps for a leaf of `trained_bytes`."""
     factor = next((share for name, share in _STATE.items() if name in job.optimizer), 2.0)
+    if trained_bytes >= 4 * _FEWEST:
+        factor *= next((share for name, share in _FEW_BITS.items() if name in job.optimizer), 1.0)
     return round(factor * trained_bytes)
 
 
@@ -194,7 +199,7 @@ def _memory(found: Traced, hardware: Hardware) -> tuple[dict[str, int], str]:
     held = {
         "weights": found.weights,
         "trained values": found.beside,
-        "optimizer": state_bytes(job, found.trained_bytes),
+        "optimizer": sum(found.states),
         "framework": round(1e9 * hardware.framework_gb),
     }
     resident = beyond(found.allocations, found.states, settled=hardware.heap) if found.allocations else 0

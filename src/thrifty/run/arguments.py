@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -53,6 +54,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         raise ThriftyError(text)
     for name in ("fsdp", "fsdp_config"):
         training.pop(name, None)  # ours: accelerate would shard before the model is attached, and not at all on a CPU
+    _check_optimizer(str(training.get("optim", "")))
     training.pop("load_best_model_at_end", None)  # ours: the stock check wants save_steps to divide eval_steps
     checkpointing = dict(training.pop("activation_checkpointing_kwargs", None) or {})
     if checkpointing.setdefault("use_reentrant", False):
@@ -88,6 +90,19 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             "-m thrifty train ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
     return args
+
+
+def _check_optimizer(name: str) -> None:
+    """ThriftyError where `optim` needs a package that is not installed; transformers would say so after the probe."""
+    package = None
+    if re.fullmatch(r"adamw_torch_[48]bit", name):
+        package = "torchao"
+    elif re.fullmatch(r"(paged_)?(adamw|lion|ademamix|rmsprop)(_bnb)?(_8bit|_32bit)?", name):
+        package = "bitsandbytes"
+    if package is not None and find_spec(package) is None:
+        raise ThriftyError(
+            f"optim: {name} is {package}'s, which is not installed: pip install {package}, or leave out optim"
+        )
 
 
 def schedule_problems(config: RunConfig) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,24 @@ __all__ = [
 ]
 
 
+# Tensors of few bits that an optimizer keeps -> their module, so that nothing else is imported for a checkpoint.
+_FEW_BITS = {f"OptimState{kind}": f"torchao.optim.subclass_{kind.lower()}" for kind in ("4bit", "8bit", "Fp8")}
+
+
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+    kind = type(value).__name__
     if type(value) in (Tensor, nn.Parameter):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().contiguous()
         return {"tensor": name}
+    if type(value).__module__ == _FEW_BITS.get(kind):
+        names, rest = value.__tensor_flatten__()
+        inner = {name: getattr(value, name) for name in names}
+        return {"few_bits": [_encode(item, tensors, where) for item in (kind, inner, list(rest))]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.Size):
+        value = tuple(value)
     if isinstance(value, Mapping):
         return {"dict": [[key, _encode(item, tensors, f"{where}.{key}")] for key, item in value.items()]}
     if isinstance(value, tuple | list):
@@ -53,7 +67,12 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content].clone()  # the file's own mapping must not outlive the checkpoint
     if kind == "dict":
         return {key: _decode(item, tensors) for key, item in content}
+    if kind == "dtype":
+        return getattr(torch, content)
     items = [_decode(item, tensors) for item in content]
+    if kind == "few_bits":
+        name, inner, rest = items
+        return getattr(import_module(_FEW_BITS[name]), name).__tensor_unflatten__(inner, rest)
     return tuple(items) if kind == "tuple" else items
 
 
@@ -61,6 +80,11 @@ def save_state(stem: Path, value: Any) -> None:
     """Write nested dicts, lists, tuples, tensors and scalars as `<stem>.json` and `<stem>.safetensors`."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(value, tensors, stem.name))
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in places:  # a table that several states share; safetensors writes none twice
+            tensors[name] = tensor.clone()
+        places.add(tensor.data_ptr())
     if tensors:
         save_file(tensors, stem.with_suffix(".safetensors"))
     stem.with_suffix(".json").write_text(text, encoding="utf-8")
@@ -125,7 +149,10 @@ def load_scheduler_state(scheduler: Any, state: Mapping[str, Any]) -> None:
         pairs = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
         scheduler._last_lr = [base * at(scheduler.last_epoch) for at, base in pairs]
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):  # as some optimizers keep it
+                group["lr"].fill_(float(rate))
+            else:
+                group["lr"] = rate
 
 
 def random_state() -> dict[str, Any]:
