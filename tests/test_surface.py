@@ -122,6 +122,7 @@ KEYS = [
     "output_dir",
     "max_length",
     "packing",
+    "checkpoint_layers",
     "resume_from_checkpoint",
     "allow_changed_data",
     "early_stopping_patience",

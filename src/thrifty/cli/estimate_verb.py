@@ -87,6 +87,7 @@ def _print_json(first: Any, found: dict[str, Any], fit: Any, within: int | None)
     if fit is not None:
         budget = None if fit.budget is None else fit.budget.fraction
         answer["fit"] = {"memory_bytes": fit.memory_bytes, "rows": fit.rows, "length": fit.length, "budget": budget}
+        answer["fit"]["checkpoint_layers"] = fit.checkpoint_layers
     if within is not None:
         answer["max_steps"] = within
     print(json.dumps(answer, indent=2))

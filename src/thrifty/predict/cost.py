@@ -18,7 +18,7 @@ from .heap import Event, beyond
 from .job import Job
 from .ledger import Segment
 from .placing import attach, probed
-from .skeleton import build, tensors_of, weight_bytes
+from .skeleton import build, layers_of, tensors_of, weight_bytes
 from .trace import Trace, fused_dropout
 
 __all__ = ["Estimate", "Traced", "estimate_job", "on", "state_bytes", "traced"]
@@ -53,7 +53,8 @@ class Traced:
     step: Trace
     mean: Trace
     probe: Trace | None
-    allocations: tuple[Event, ...] = ()  # of a step, where the device has a heap
+    # of steps, where the device has a heap: with all layers computed again, with none, and the share of each
+    allocations: tuple[tuple[float, tuple[Event, ...]], ...] = ()
     states: tuple[int, ...] = ()  # bytes of each of the optimizer's tensors
 
 
@@ -127,9 +128,23 @@ def traced(job: Job, *, heap: bool = False, probe: bool = True) -> Traced:
         step=step,
         mean=mean,
         probe=None if bare is None else _probe(job, bare),
-        allocations=tuple(allocations(job, model_)) if heap else (),
+        allocations=_allocations(job, model_) if heap else (),
         states=tuple(size for p in leaves for size in (state_bytes(job, p.nbytes) // 2,) * 2),
     )
+
+
+def _allocations(job: Job, model: nn.Module) -> tuple[tuple[float, tuple[Event, ...]], ...]:
+    """The heap is simulated with all layers alike."""
+    if not job.checkpointing or job.checkpoint_layers is None:
+        return ((1.0, tuple(allocations(job, model))),)
+    parent, name = layers_of(model)
+    again = min(1.0, job.checkpoint_layers / len(getattr(parent, name)))
+    jobs = {
+        True: dataclasses.replace(job, checkpoint_layers=None),
+        False: dataclasses.replace(job, checkpointing=False),
+    }
+    shares = {True: again, False: 1.0 - again}
+    return tuple((shares[of], tuple(allocations(one, model))) for of, one in jobs.items() if shares[of] > 0)
 
 
 def _probe(job: Job, model: nn.Module) -> Trace:
@@ -202,7 +217,9 @@ def _memory(found: Traced, hardware: Hardware) -> tuple[dict[str, int], str]:
         "optimizer": sum(found.states),
         "framework": round(1e9 * hardware.framework_gb),
     }
-    resident = beyond(found.allocations, found.states, settled=hardware.heap) if found.allocations else 0
+    resident = round(
+        sum(share * beyond(events, found.states, settled=hardware.heap) for share, events in found.allocations)
+    )
     moments: list[tuple[int, str, dict[str, int]]] = []
     for segment, kinds in found.step.peaks.items():
         parts = _parts(kinds, gradients=found.step.gradient_bytes if job.accumulation > 1 else None)

@@ -14,7 +14,7 @@ from .hardware import Hardware
 from .job import Job
 from .skeleton import build, weight_bytes
 
-__all__ = ["Fit", "fit_job", "largest", "largest_batch", "parse_bytes", "steps_within"]
+__all__ = ["Fit", "fewest_layers", "fit_job", "largest", "largest_batch", "parse_bytes", "steps_within"]
 
 _LENGTH_STEP = 8  # tokens
 _SHARES = 1000  # budgets are tried in steps of 0.1 % of the model
@@ -25,12 +25,13 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """The largest of each that fits while the rest stays as configured; None where not even the least does, or, for the
-    budget, where the method has none."""
+    budget, where the method has none. `checkpoint_layers`: the fewest layers to compute again in backward."""
 
     memory_bytes: float
     rows: int | None
     length: int | None
     budget: Budget | None
+    checkpoint_layers: int | None
 
 
 def parse_bytes(text: str) -> float:
@@ -76,9 +77,24 @@ def largest_batch(job: Job, hardware: Hardware, memory_bytes: float, *, most: in
     )
 
 
+def fewest_layers(job: Job, hardware: Hardware, memory_bytes: float) -> int | None:
+    """How few of the lowest layers have to run again in backward, 0 for none; None where all are not enough."""
+    depth = int(job.config.get_text_config().num_hidden_layers)
+
+    def of_kept(layers: int) -> float:
+        changed = dataclasses.replace(job, checkpointing=layers < depth, checkpoint_layers=depth - layers)
+        return estimate_job(changed, hardware).peak_bytes
+
+    kept = largest(of_kept, memory_bytes, start=depth, most=depth)
+    if kept is not None:
+        return depth - kept
+    return depth if of_kept(0) <= memory_bytes else None
+
+
 def fit_job(job: Job, hardware: Hardware, memory_bytes: float) -> Fit:
-    """What fits into `memory_bytes`: rows of a micro-batch, tokens of a row (in steps of 8), and the budget (in
-    steps of 0.1 % of the model, for methods that spend one). Where the weights alone do not, no step is traced."""
+    """What fits into `memory_bytes`: rows of a micro-batch, tokens of a row (in steps of 8), the budget (in steps of
+    0.1 % of the model, for methods that spend one), and how few layers have to run again in backward. Where the weights
+    alone do not, no step is traced."""
     if weight_bytes(build(job)) + 1e9 * hardware.framework_gb > memory_bytes:
         return Fit(memory_bytes=memory_bytes, rows=None, length=None, budget=None)
 
@@ -100,6 +116,7 @@ def fit_job(job: Job, hardware: Hardware, memory_bytes: float) -> Fit:
         rows=largest_batch(job, hardware, memory_bytes),
         length=None if units is None else _LENGTH_STEP * units,
         budget=None if share is None else Budget(fraction=share / _SHARES),
+        checkpoint_layers=fewest_layers(job, hardware, memory_bytes),
     )
 
 

@@ -25,9 +25,9 @@ _MOST_SORTS = 3  # of layers told apart by how much they train; beyond, by what 
 _SUMS = ("saved", "gradient_bytes")
 
 
-def sorts(model: nn.Module) -> list[list[int]]:
+def sorts(job: Job, model: nn.Module) -> list[list[int]]:
     """The numbers of the layers, by sort: alike in their parameters, in what is trained, in whether backward reaches
-    them, and in whether there is a layer on both sides."""
+    them and computes them again, and in whether there is a layer on both sides."""
     parent, name = layers_of(model)
     layers = list(getattr(parent, name))
     inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -44,7 +44,7 @@ def sorts(model: nn.Module) -> list[list[int]]:
         if reached > before or number == len(layers) - 1:
             edges.append([number])
             continue
-        kind = types[number] if types and len(types) == len(layers) else None
+        kind = (types[number] if types and len(types) == len(layers) else None, job.recomputes(number))
         form = tuple((n, tuple(p.shape)) for n, p in layer.named_parameters() if not p.requires_grad)
         trained = tuple((n, tuple(p.shape)) for n, p in layer.named_parameters() if p.requires_grad)
         exact.setdefault((reached, kind, form, trained), []).append(number)
@@ -72,7 +72,7 @@ def grow(job: Job, model: nn.Module, *, probe: bool = False) -> Trace:
     """A step of the whole attached `model`; of the probe if `probe`, which computes every second layer again."""
     if probe:
         return _grow_probe(job, model)
-    alike = {_middle(model, numbers): numbers for numbers in sorts(model)}
+    alike = {_middle(model, numbers): numbers for numbers in sorts(job, model)}
     once = sorted(alike)
     base = trace(job, model, once)
     sums = {name: getattr(base, name) for name in _SUMS}
@@ -102,7 +102,7 @@ def grow(job: Job, model: nn.Module, *, probe: bool = False) -> Trace:
 
 def allocations(job: Job, model: nn.Module) -> list[Event]:
     """What a step of `model` takes and frees, with all layers like its commonest."""
-    numbers = max(sorts(model), key=len)
+    numbers = max(sorts(job, model), key=len)
     parent, name = layers_of(model)
     depth = len(getattr(parent, name))
     layer = _middle(model, numbers)

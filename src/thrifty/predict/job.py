@@ -29,7 +29,7 @@ class Job:
         padded: whether rows of a batch differ in length: attention then takes a mask.
         steps: optimizer steps of the whole run.
         autocast: None, or the dtype of the products.
-        checkpointing: whether layers are computed again in backward.
+        checkpointing: whether layers are run again in backward; `checkpoint_layers`: the lowest of them, None: all.
         optimizer: transformers' name.
         probe_rows, probe_units: of methods that look at gradients first.
         notes: what was assumed, for the reader.
@@ -48,11 +48,16 @@ class Job:
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     checkpointing: bool = False
+    checkpoint_layers: int | None = None
     optimizer: str = "adamw_torch_fused"
     probe_rows: int = 4
     probe_units: int = 16
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
+
+    def recomputes(self, layer: int) -> bool:
+        """Whether the layer of this number is computed again in backward."""
+        return self.checkpointing and (self.checkpoint_layers is None or layer < self.checkpoint_layers)
 
     @property
     def tokens(self) -> float:

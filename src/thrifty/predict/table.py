@@ -83,5 +83,6 @@ def fit_text(fit: Fit, *, spends: bool) -> str:
     rows = "not even one row" if fit.rows is None else f"per_device_train_batch_size={fit.rows}"
     length = "no length" if fit.length is None else f"max_length={fit.length}"
     budget = "no budget" if fit.budget is None else f"budget={fit.budget}"
-    parts = [rows, length, *([budget] if spends else [])]
+    again = "no checkpoint_layers" if fit.checkpoint_layers is None else f"checkpoint_layers={fit.checkpoint_layers}"
+    parts = [rows, length, *([budget] if spends else []), again]
     return f"fits into {gigabytes(fit.memory_bytes)}, each with the rest as configured: {', '.join(parts)}"

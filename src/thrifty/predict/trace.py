@@ -60,6 +60,9 @@ def trace(job: Job, model: nn.Module, numbers: Sequence[int], *, probe: bool = F
     if job.checkpointing and inner.supports_gradient_checkpointing:
         inner.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         inner.disable_input_require_grads()
+        parent, name = layers_of(inner)
+        for number, layer in zip(numbers, getattr(parent, name), strict=True):
+            layer.gradient_checkpointing = probe or job.recomputes(number)
     rows = job.probe_rows if probe else job.rows
     tokens = rows * job.length
     wanted = max(1, round(job.labels * tokens))

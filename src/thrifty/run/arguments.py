@@ -31,6 +31,8 @@ def with_defaults(config: RunConfig) -> RunConfig:
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in given:
             given.setdefault(old.replace("gradient", "activation"), given.pop(old))
+    if config.checkpoint_layers is not None:
+        given.setdefault("activation_checkpointing", config.checkpoint_layers > 0)
     training = {**_DEFAULTS, **given}
     if parse_objective(config.objective).uses_trl:
         del training["save_steps"]
@@ -61,6 +63,12 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         raise ThriftyError(
             "gradient_checkpointing_kwargs.use_reentrant must be false: else every layer is differentiated"
         )
+    if "every_n_layers" in checkpointing:
+        raise ThriftyError(
+            "gradient_checkpointing_kwargs.every_n_layers is written checkpoint_layers: the lowest n layers"
+        )
+    if config.checkpoint_layers and not training.get("activation_checkpointing"):
+        raise ThriftyError("checkpoint_layers needs gradient_checkpointing: leave out gradient_checkpointing=false")
     on_cpu = not torch.accelerator.is_available()
     training.setdefault("use_cpu", on_cpu)
     training.setdefault("dataloader_pin_memory", not on_cpu)

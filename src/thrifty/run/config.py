@@ -59,6 +59,9 @@ class RunConfig:
     output_dir: str = "out"  # where everything of this run is written
     max_length: int = 1024  # tokens; longer rows are cut, and counted
     packing: bool = False  # rows joined to rows of up to max_length tokens, none of which sees another
+    checkpoint_layers: int | None = (
+        None  # lowest layers that run again in backward; None: as gradient_checkpointing says
+    )
     resume_from_checkpoint: str | None = None  # "auto" or a checkpoint's folder
     allow_changed_data: bool = False  # go on with a stopped run although its data have changed
     early_stopping_patience: int | None = None  # evaluations without improvement

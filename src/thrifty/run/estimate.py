@@ -80,7 +80,8 @@ def job_of(config: RunConfig, *, read: tuple[list[int], float] | None = None) ->
     rows = int(given.get("per_device_train_batch_size", _ROWS))
     parts = int(given.get("gradient_accumulation_steps", _ACCUMULATION))
     autocast = "bfloat16" if given.get("bf16") else "float16" if given.get("fp16") else None
-    checkpointing = given.get("activation_checkpointing", given.get("gradient_checkpointing", False))
+    asked = bool(config.checkpoint_layers)
+    checkpointing = given.get("activation_checkpointing", given.get("gradient_checkpointing", asked))
     method = parse_method(config.method)
     model = _model_config(config)
     lengths, labels = _lengths(config) if read is None else read
@@ -98,6 +99,7 @@ def job_of(config: RunConfig, *, read: tuple[list[int], float] | None = None) ->
         dtype=DTYPES[config.dtype],
         autocast=None if autocast is None else DTYPES[autocast],
         checkpointing=bool(checkpointing),
+        checkpoint_layers=config.checkpoint_layers,
         optimizer=str(
             given.get("optim") or (type(method.steps).__name__ if method.steps else "adamw_torch_fused")
         ).lower(),

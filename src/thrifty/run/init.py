@@ -65,6 +65,7 @@ _KEYS: tuple[tuple[tuple[str, Any, str], ...], ...] = (
         ),
         ("bf16", False, "true: compute in bfloat16 over weights in `dtype`"),
         ("gradient_checkpointing", False, "true: less memory, more time"),
+        ("checkpoint_layers", None, "the lowest layers alone: thrifty estimate --fit says how few are enough"),
     ),
     (
         ("eval", ..., "each is optional; numbers are rows"),

@@ -77,7 +77,8 @@ def _what_fits(job: Job, hardware: Hardware, memory_bytes: float) -> str:
             f"the estimate for {memory} is per_device_train_batch_size={found} with "
             f"gradient_accumulation_steps={parts} for the same step"
         )
-    saving = dataclasses.replace(job, checkpointing=True)
-    if not job.checkpointing and (rows := largest_batch(saving, hardware, memory_bytes, most=job.rows)) is not None:
+    saving = dataclasses.replace(job, checkpointing=True, checkpoint_layers=None)
+    rows = None if saving == job else largest_batch(saving, hardware, memory_bytes, most=job.rows)
+    if rows is not None:
         return f"the estimate for {memory} is activation_checkpointing=true with per_device_train_batch_size={rows}"
     return f"not even one row is estimated to fit into {memory}: lower max_length, or dtype=bfloat16"

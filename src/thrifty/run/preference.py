@@ -30,6 +30,7 @@ from thrifty.objective.heads import unwrapped
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning
 
+from .checkpointing import settle_checkpointing
 from .guards import Guards, refuse_lost_loss
 from .memory import Clock, MemoryMeter
 from .metrics import MetricsFile
@@ -114,9 +115,7 @@ class _Reported:
         """Nothing is evaluated while it trains."""
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.activation_checkpointing:
-            # Switching it on made the embeddings' output require a gradient: all layers would be differentiated.
-            self.model.disable_input_require_grads()
+        settle_checkpointing(self.model, self.args, record=self.record)
         return super()._prepare_for_training(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -27,6 +27,7 @@ __all__ = ["Reader", "Reading", "read_config"]
 T = TypeVar("T")
 
 _MINIMUM = {
+    "checkpoint_layers": 0,
     **dict.fromkeys(("probe_rows", "probe_units", "max_length", "early_stopping_patience"), 1),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("eval.batch_size", "eval.max_new_tokens"), 1),

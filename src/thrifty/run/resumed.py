@@ -46,6 +46,7 @@ _FREE = frozenset(
         "per_device_eval_batch_size",
         "log_level",
         "log_level_replica",
+        "checkpoint_layers",
         "dataloader_num_workers",
         "dataloader_pin_memory",
         "dataloader_prefetch_factor",

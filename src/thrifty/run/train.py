@@ -29,6 +29,7 @@ from thrifty.update.tuning import Tuning, attach_with
 
 from .arguments import keeps_best, training_arguments, with_defaults
 from .checkpoint import Checkpoint, claim, find_checkpoint
+from .checkpointing import switch_on_checkpointing
 from .config import EvalConfig, RunConfig, load_config
 from .display import Display
 from .embedded import no_progress_bars
@@ -201,7 +202,8 @@ def train_rows(
     meter = MemoryMeter(model)
     display = Display(console=console)
     set_seed(args.seed)
-    _put_loss(model, rows.train, args=args, collator=collator, seed=seed)
+    _put_loss(model, rows.train, collator=collator, seed=seed)
+    switch_on_checkpointing(model, args, layers=config.checkpoint_layers)
     try:
         trained = packed_rows(config, rows, model=model, seed=seed, console=console) if config.packing else rows.train
         tuning = attach_with(
@@ -255,15 +257,11 @@ def _own_optimizer(
     return tuning.optimizer(learning_rate=args.learning_rate, weight_decay=args.weight_decay)
 
 
-def _put_loss(
-    model: PreTrainedModel, rows: Sequence[Row], *, args: TrainingArguments, collator: Callable[..., Any], seed: int
-) -> None:
-    """The loss, proved on two of `rows`, and checkpointing: the trainer would come too late for the probe."""
+def _put_loss(model: PreTrainedModel, rows: Sequence[Row], *, collator: Callable[..., Any], seed: int) -> None:
+    """The loss, proved on two of `rows`: the trainer would come too late for the probe."""
     if rows:
         first = row_order(len(rows), seed=seed, epoch=0)
         install(model, prepare(model, sample_batch=collator([rows[i] for i in first[:2]])))
-    if args.activation_checkpointing and model.supports_gradient_checkpointing:
-        model.activation_checkpointing_enable()
 
 
 def _trainer(

@@ -20,6 +20,7 @@ from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning
 
 from .checkpoint import Checkpoint
+from .checkpointing import settle_checkpointing
 from .eval_loss import EvalLoss
 from .guards import Guards, refuse_lost_loss
 from .memory import Clock, MemoryMeter
@@ -149,9 +150,7 @@ class ThriftyTrainer(Trainer):
         return began
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.activation_checkpointing:
-            # Switching it on made the embeddings' output require a gradient: all layers would be differentiated.
-            self.model.disable_input_require_grads()
+        settle_checkpointing(self.model, self.args, record=self.record)
         return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, **epoch: Any) -> None:

@@ -10,22 +10,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["recomputed_layers"]
+__all__ = ["recompute_first", "recomputed_layers"]
 
 _EVERY = 2  # half of the activations for a sixth more time: forward is a third of forward and backward
 _OWN = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")  # what is set on a layer
 
 
+def recompute_first(model: nn.Module, number: int) -> None:
+    """Where all layers of `model` are computed again in backward: only the lowest `number`.
+
+    Those above free what they keep before the lowest run again, so that each one left out costs what it keeps and no
+    more; whatever the number, losses and gradients are the same.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[number:]:
+        layer.gradient_checkpointing = False
+
+
 @contextmanager
 def recomputed_layers(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """While open, every second of transformers' layers is recomputed in backward; each that is in training already.
+    """While open, every second of transformers' layers is recomputed in backward; each where any is in training.
 
     For a model in eval mode, whose layers never do so by themselves. A layer that is recomputed must not write into a
     cache, so there is none. Gives the layers that were chosen: none where a model is not made of such layers.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    asked = [layer for layer in layers if layer.gradient_checkpointing]
-    chosen = asked or layers[::_EVERY]
+    chosen = layers if any(layer.gradient_checkpointing for layer in layers) else layers[::_EVERY]
     config: Any = getattr(model, "config", None)
     texts: Any = getattr(config, "get_text_config", lambda: None)()  # a model of several modalities has one apart
     configs = [c for c in (config, texts) if hasattr(c, "use_cache")]
