@@ -33,7 +33,12 @@ __all__ = [
 # an embedded name, a folder or a hub id; or `{"base": one of these, "deltas": [folders]}`
 ModelName = str | Path | Mapping[str, Any]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+_DTYPES: dict[str, torch.dtype | str] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
