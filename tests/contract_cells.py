@@ -71,7 +71,9 @@ METHODS = {
         probes=True,
         blocks=True,
     ),
-    "random_blocks": Row(method={"random_blocks": {"block_size": [7, 11], "scope": "global"}}, budget=0.02, blocks=True),
+    "random_blocks": Row(
+        method={"random_blocks": {"block_size": [7, 11], "scope": "global"}}, budget=0.02, blocks=True
+    ),
     "random_rows": Row(method="random_rows", budget=0.02),
     "random_columns": Row(method="random_columns", budget=0.02),
     "random_entries": Row(method="random_entries", budget=0.02, entries=True),

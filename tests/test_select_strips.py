@@ -48,7 +48,8 @@ def groups(names: list[str]) -> list[list[str]]:
 
 
 def plan_of(family: str, *, budget: float = 0.05, **options: Any) -> Plan:
-    return attach(build(family, layers=2), {"smt": {"scope": "global"} | options}, budget=budget, batches=setup(family)[1]).plan
+    method = {"smt": {"scope": "global"} | options}
+    return attach(build(family, layers=2), method, budget=budget, batches=setup(family)[1]).plan
 
 
 def chosen(plan: Plan) -> dict[str, set[tuple[int, ...]]]:

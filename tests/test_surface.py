@@ -76,9 +76,9 @@ VERBS = {
     "compare": [
         "--only",
         "--png",
+        "--ray",
         "--report",
         "--retry-failed",
-        "--ray",
         "--stop-after",
         "--threads",
         "--workers",
