@@ -70,8 +70,6 @@ class PeerDelta(Delta):
     def apply(self, model: nn.Module) -> nn.Module:
         """Put the adapter on `model` through PEFT and merge it. Returns `model`; the originals stay in memory for
         `remove`."""
-        from peft import PeftModel, set_peft_model_state_dict
-
         parameters = _parameters(model)
         for name, expected in self.base.items():
             if name not in parameters or fingerprint(parameters[name]) != expected:
@@ -83,13 +81,20 @@ class PeerDelta(Delta):
                 "load its adapter folder with peft.PeftModel.from_pretrained"
             )
         originals = {name: p.detach().clone() for name, p in parameters.items()}
-        wrapped = PeftModel(model, self.config)
-        set_peft_model_state_dict(wrapped, dict(self.state))
-        merged, self.difference = merge(wrapped)
+        merged, self.difference = merge(self.wrap(model))
         now = dict(merged.named_parameters(remove_duplicate=False))
         self._originals = {n: t for n, t in originals.items() if n in now and not torch.equal(now[n].detach(), t)}
         setattr(merged, APPLIED, getattr(merged, APPLIED, 0) + 1)
         return merged
+
+    def wrap(self, model: nn.Module) -> Any:
+        """`model` under PEFT's wrapper with the adapter in it, not merged."""
+        from peft import PeftModel, set_peft_model_state_dict
+
+        assert self.config is not None
+        wrapped = PeftModel(model, self.config)
+        set_peft_model_state_dict(wrapped, dict(self.state))
+        return wrapped
 
     @torch.no_grad()
     def remove(self, model: nn.Module) -> nn.Module:

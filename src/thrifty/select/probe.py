@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..core.errors import ThriftyError
 from ..core.heap import trim_heap
 from ..core.processes import processes, rank, sum_over_processes, together
+from ..core.quantized import dequantized
 from ..data.units import units
 from ..kernels.region_grad import block_sums
 from .attribution import ATTRIBUTIONS, attribute
@@ -109,7 +110,7 @@ class Probe:
         all tokens, sqrt(sum x^2), of the input column that the weight w multiplies. ThriftyError if not finite."""
         norms = self.input_squares[target.name].sqrt().to(weight.device)
         wide = (norms[:, None] if target.transposed else norms).expand(weight.shape)
-        return _finite(_reduce(wide, weight.detach(), INPUT_STATISTICS[statistic], grid), statistic, target.name)
+        return _finite(_reduce(wide, dequantized(weight), INPUT_STATISTICS[statistic], grid), statistic, target.name)
 
 
 def _finite(value: Tensor, statistic: str, name: str) -> Tensor:
@@ -225,12 +226,13 @@ def run_probe(
         def hook(p: Tensor) -> None:
             assert p.grad is not None
             with torch.no_grad():
+                values = dequantized(p)
                 for statistic in wanted:
                     sums = probe.sums[statistic][name]
                     if isinstance(sums, EntrySums):
-                        sums.add(p.grad, p, STATISTICS[statistic])
+                        sums.add(p.grad, values, STATISTICS[statistic])
                     else:
-                        sums += _reduce(p.grad, p, STATISTICS[statistic], grids[name])
+                        sums += _reduce(p.grad, values, STATISTICS[statistic], grids[name])
                 if name in probe.sides:
                     probe.sides[name].add(p.grad)
             p.grad = None

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import ThriftyError, unknown
+from ..core.quantized import QuantizedLinear
 from .layers import Layers, in_layers
 
 __all__ = ["Target", "targets"]
@@ -51,7 +52,8 @@ def _by_module(model: nn.Module, *, embeddings: bool) -> dict[str, Target]:
     names."""
     left_out = set() if embeddings else _embeddings(model)
     # position tables are embeddings too, though no getter returns them
-    classes = (nn.Linear, Conv1D, nn.Embedding) if embeddings else (nn.Linear, Conv1D)
+    linears = (nn.Linear, Conv1D, QuantizedLinear)
+    classes = (*linears, nn.Embedding) if embeddings else linears
     canonical = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Target] = {}
     for module_name, module in model.named_modules():

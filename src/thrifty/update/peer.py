@@ -16,6 +16,7 @@ from ..core.budget import Budget, distinct_parameters
 from ..core.errors import ThriftyError
 from ..core.method import Method, Selector
 from ..core.plan import Plan
+from ..core.quantized import QuantizedLinear, dequantized, give_gradients, is_quantized
 from ..core.region import Whole
 from ..delta import fingerprint
 from ..delta.peer import PeerDelta, merge
@@ -71,6 +72,13 @@ def _unwrap(model: nn.Module, *, required: Mapping[str, bool], kept: Mapping[str
             p.data.copy_(kept[name])
 
 
+def _fingerprint(layer: nn.Module | None, weight: Tensor) -> str:
+    """Of what a quantized `weight` was before, where its layer knows; of what it stands for; of any other weight."""
+    if isinstance(layer, QuantizedLinear) and layer.base_sha256 is not None:
+        return layer.base_sha256
+    return fingerprint(dequantized(weight))
+
+
 def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed: int) -> PeerTuning:
     """Put the method's adapter on `model`. A budget is only checked: more than 5 % over is a ThriftyError."""
     from peft import get_peft_model
@@ -79,8 +87,14 @@ def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed
     assert isinstance(adapter, PeftAdapter)
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     total = distinct_parameters(model)
-    base = {name: fingerprint(p) for name, p in model.named_parameters()}
+    layers = give_gradients(model)
+    base = {name: _fingerprint(layers.get(name), p) for name, p in model.named_parameters()}
     config = adapter.build()
+    if layers and may_rewrite_base(config):
+        raise ThriftyError(
+            "this PEFT configuration changes base weights when it starts, which a quantized base does not take: leave "
+            "its init_* option at the default, or quantize out"
+        )
     kept = {n: p.detach().clone() for n, p in model.named_parameters()} if may_rewrite_base(config) else {}
     try:
         with torch.random.fork_rng():
@@ -140,7 +154,8 @@ class PeerTuning:
             key = getattr(module, "parameter_name", "weight")
             weight = f"{name.replace('.base_layer', '')}.{key}"
             if weight in base:
-                if fingerprint(getattr(module.get_base_layer(), key)) != base[weight]:
+                layer = module.get_base_layer()
+                if _fingerprint(layer, getattr(layer, key)) != base[weight]:
                     raise ThriftyError(
                         f"this PEFT configuration changes the base weight {weight} when it starts: its adapter alone "
                         "would not hold the result: leave its init_* option at the default"
@@ -209,8 +224,10 @@ class PeerTuning:
         )
 
     def finish(self) -> nn.Module:
-        """The base model object with the adapter merged in; PEFT's wrapper where the method has nothing to merge."""
-        if self._config.is_prompt_learning:
+        """The base model object with the adapter merged in; PEFT's wrapper where the method has nothing to merge, and
+        on a quantized base, which a merge would round again."""
+        if self._config.is_prompt_learning or any(is_quantized(p) for p in self._inner.parameters()):
+            self.model.requires_grad_(False)
             return self.model
         merged, self.difference = merge(self.model)
         for name, p in merged.named_parameters():

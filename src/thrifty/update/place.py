@@ -13,13 +13,16 @@ from ..core.errors import ThriftyError
 from ..core.low_rank import LowRank
 from ..core.plan import Plan
 from ..core.projected import Projected
+from ..core.quantized import QuantizedLinear
 from ..core.region import Blocks, Region
 from ..core.rotated import Rotated
+from .base import Originals
 from .general import seeing_class
 from .linear import InPlaceConv1D, InPlaceLinear, LinearPart
 from .low_rank import LowRankConv1D, LowRankLinear, LowRankPart
 from .part import LEAF_PREFIX, InPlaceModule, Part
 from .projected import ProjectedPart
+from .quantized import QuantizedPart, check_regions
 from .rotated import RotatedPart
 
 __all__ = ["place", "take_off"]
@@ -57,6 +60,9 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool, seed: int = 0) 
                 f"{name} cannot take a {what}: it is not the weight of a plain linear layer that nothing else "
                 "reads (embeddings, tied weights and the output head are not); leave it out"
             )
+    check_regions(model, plan)
+    quantized = {n for n in plan if isinstance(holders[n][0][0], QuantizedLinear) and holders[n][0][1] == "weight"}
+    originals = Originals(model) if quantized else {}
     generator = torch.Generator().manual_seed(seed)
     for p in parameters.values():
         p.requires_grad_(False)
@@ -64,6 +70,12 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool, seed: int = 0) 
     general: dict[nn.Module, dict[str, Part]] = {}
     for name, region in plan.items():
         module, key = holders[name][0]
+        if name in quantized:
+            assert isinstance(module, QuantizedLinear)
+            assert isinstance(region, Blocks)
+            parts[name] = QuantizedPart(module, name=name, region=region, base=originals[name])
+            module._thrifty = {key: parts[name]}  # type: ignore[assignment]
+            continue
         if _read_alone(model, holders[name], region):
             if isinstance(region, LowRank | Projected):
                 alone: Part = (

@@ -24,6 +24,7 @@ from .early_stop import allow_early_stop, as_before
 from .part import Part
 from .peer import NO_NEW_TOKENS, PeerTuning, attach_peer
 from .place import place, take_off
+from .quantized import check_method, prepared
 from .sharded import let_go, whole
 
 __all__ = ["Tuning", "attach", "attach_with", "mark"]
@@ -244,6 +245,8 @@ def attach_with(
     limit = None if budget is None else Budget.parse(budget)
     if any(hasattr(module, "_thrifty") for module in model.modules()):
         raise ThriftyError("this model is attached already: call finish() on its tuning first")
+    if prepared(model) and method.parts[0].select is not None:
+        check_method(method)
     if method.parts[0].select is None:
         if new_tokens is not None:
             raise ThriftyError(NO_NEW_TOKENS)

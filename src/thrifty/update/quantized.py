@@ -1,0 +1,217 @@
+"""Blocks of a quantized weight, trained in high precision beside it.
+
+y = x Q^T + x C^T + b, where C is zero outside the blocks and, in them, the trained values minus what Q stands for
+there: the blocks are taken out of the quantized weight and start from the base's original values, so that they are
+trained without quantization error. Q is neither changed nor copied, and blocks need not lie along its groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..core.errors import ThriftyError
+from ..core.method import Method
+from ..core.quantized import QuantizedLinear, dequantized, give_gradients, is_quantized
+from ..core.region import Blocks, Region
+from ..delta import Delta, Piece
+from ..delta.digest import fingerprint
+from ..delta.files import AnyPiece
+from ..delta.peer import PeerDelta
+from ..select.blocks import TopBlocks
+from ..select.diagonal import Diagonal
+from ..select.saved import Saved
+from ..select.tensors import Tensors
+from .additive import Additive
+from .part import LEAF_PREFIX, InPlaceModule, Part, leaf_dtype
+
+__all__ = ["Patch", "PatchedLinear", "QuantizedBlocks", "QuantizedPart", "apply_quantized", "check_method", "prepared"]
+
+_KNOWN = (TopBlocks, Diagonal, Saved, Tensors)
+_FIX = "take smt, random_blocks, random_rows, random_columns or diablo, or leave quantize out"
+_FAR = 0.5  # no quantization moves a matrix by half of its norm
+
+
+class Patch:
+    """The values of blocks in place of those of a quantized weight of `shape` `[out, in]`: all packed."""
+
+    def __init__(self, region: Blocks, shape: Sequence[int], *, values: Tensor, quantized: Tensor) -> None:
+        self.region, self.quantized = region, quantized
+        self.beside = Additive(region, shape, transposed=False)
+        self.put(values)
+
+    def put(self, values: Tensor) -> None:
+        """Make `values` those of the blocks."""
+        wide = leaf_dtype(values.dtype)
+        self.values = values.detach().view(self.quantized.shape)
+        self.change = self.values.to(wide) - self.quantized.to(wide)
+
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """The layer was moved or cast by `fn`."""
+        self.quantized = fn(self.quantized)
+        self.put(fn(self.values))
+
+
+class PatchedLinear(QuantizedLinear):
+    """A quantized linear layer, some blocks of which are held in high precision."""
+
+    patch: Patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.patch.beside(x, self._packed(), dtype=y.dtype)
+
+    def _packed(self) -> Tensor:
+        return self.patch.change
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedLinear:
+        super()._apply(fn, recurse)
+        self.patch.convert(fn)
+        return self
+
+
+class _Tap(torch.autograd.Function):
+    """What the blocks add, as it was last written; its gradient is the offset's."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, change: Tensor) -> Tensor:
+        return change.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_change: Tensor) -> tuple[Tensor, None]:
+        return d_change, None
+
+
+class QuantizedPart(Part):
+    """Blocks of a quantized weight. What in-place parts write into `W` is written into the layer's patch."""
+
+    region: Blocks
+
+    def __init__(self, module: QuantizedLinear, *, name: str, region: Blocks, base: Tensor) -> None:
+        """`base`: the whole weight before it was quantized. ThriftyError where it is not."""
+        self.module, self.attribute, self.name, self.region = module, "weight", name, region
+        stands_for = dequantized(module.weight)
+        base = base.to(device=stands_for.device, dtype=stands_for.dtype)
+        self.fingerprint = fingerprint(base)
+        known = module.base_sha256
+        far = known is None and bool((base - stands_for).norm() > _FAR * base.norm())
+        if far or known not in (None, self.fingerprint):
+            raise ThriftyError(
+                f"{name}: the folder that the model was loaded from does not hold what was quantized: was it replaced?"
+            )
+        self.original: Tensor = region.gather(base)
+        self.in_leaf, self.dirty, self.stamp, self.kept, self.held = False, False, 0, None, None
+        module.__class__ = PatchedLinear
+        module.patch = Patch(  # type: ignore[assignment]
+            region, base.shape, values=self.original, quantized=region.gather(stands_for)
+        )
+        leaf = torch.zeros_like(self.original, dtype=leaf_dtype(base.dtype))
+        module.register_parameter(LEAF_PREFIX + self.attribute, nn.Parameter(leaf))
+        module.__class__ = QuantizedBlocks
+        self.arm()
+
+    @property
+    def patch(self) -> Patch:
+        """What stands in place of the blocks."""
+        assert isinstance(self.module, PatchedLinear)
+        return self.module.patch
+
+    def _take(self) -> Tensor:
+        return self.patch.values
+
+    def _put(self, values: Tensor) -> None:
+        self.patch.put(values)
+
+    def piece(self, original: Tensor) -> Piece:
+        self.flush()
+        values = self.patch.values.cpu().clone()
+        return Piece(self.region, tuple(self.weight.shape), values, original.cpu(), self.fingerprint)
+
+    def adopt_weight(self) -> None:
+        """A quantized weight was loaded: the blocks are not in it."""
+
+
+class QuantizedBlocks(InPlaceModule, PatchedLinear):
+    """`PatchedLinear` while its blocks are trained."""
+
+    def _packed(self) -> Tensor:
+        part = self._thrifty["weight"]
+        part.flush()
+        if not torch.is_grad_enabled() or not part.leaf.requires_grad:
+            return self.patch.change
+        tapped: Tensor = _Tap.apply(part.leaf, self.patch.change)
+        return tapped
+
+
+def prepared(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized layers by parameter name, each with a gradient from now on. ThriftyError where blocks of one were
+    trained before."""
+    found = give_gradients(model)
+    for name, module in found.items():
+        if isinstance(module, PatchedLinear):
+            raise ThriftyError(f"{name} holds blocks that were trained before: load the base again, or export the run")
+    return found
+
+
+def check_method(method: Method) -> None:
+    """ThriftyError for a method that cannot train on a quantized base."""
+    for part in method.parts:
+        if part.update.kind != "in_place" or not isinstance(part.select, _KNOWN):
+            raise ThriftyError(f"method {method.name!r} reads or trains more of a weight than blocks: {_FIX}")
+    if method.schedule is not None:
+        raise ThriftyError(
+            f"method {method.name!r} changes its plan while it trains, which a quantized base does not keep up with: "
+            "leave out its period (reselect_every), or quantize"
+        )
+
+
+def check_regions(model: nn.Module, plan: Mapping[str, Region]) -> None:
+    """ThriftyError for what would be trained in a quantized weight and is no set of blocks."""
+    parameters = dict(model.named_parameters())
+    for name, region in plan.items():
+        if is_quantized(parameters[name]) and not isinstance(region, Blocks):
+            raise ThriftyError(f"{name} is quantized, and only blocks of it can be trained, not {region.kind}: {_FIX}")
+
+
+@torch.no_grad()
+def apply_quantized(delta: Delta, model: nn.Module) -> nn.Module:
+    """Put `delta` on the quantized base that it was trained on, and return the model to use: its blocks beside the
+    quantized weights, all else as `Delta.apply` does; a PEFT adapter stays one. ThriftyError where it does not fit."""
+    layers = prepared(model)
+    if isinstance(delta, PeerDelta):
+        for name, expected in delta.base.items():
+            if name not in layers or layers[name].base_sha256 not in (None, expected):
+                raise ThriftyError(f"{name} differs from the base of this delta: another base, or one not quantized")
+        wrapped: nn.Module = delta.wrap(model)
+        return wrapped
+    pieces = {name: piece for name, piece in delta.pieces.items() if name in layers}
+    for name, piece in pieces.items():
+        _check_piece(name, piece, layers[name])
+    replace(delta, pieces={n: p for n, p in delta.pieces.items() if n not in layers}).apply(model)
+    for name, piece in pieces.items():
+        layer = layers[name]
+        assert isinstance(piece, Piece)
+        assert isinstance(piece.region, Blocks)
+        quantized = piece.region.gather(dequantized(layer.weight))
+        layer.__class__ = PatchedLinear
+        values = piece.values.to(layer.weight.device)
+        layer.patch = Patch(piece.region, piece.shape, values=values, quantized=quantized)  # type: ignore[assignment]
+    return model
+
+
+def _check_piece(name: str, piece: AnyPiece, layer: QuantizedLinear) -> None:
+    weight = layer.weight
+    if not isinstance(piece, Piece) or not isinstance(piece.region, Blocks):
+        raise ThriftyError(f"{name} is quantized, and the delta holds more of it than blocks: leave quantize out")
+    if tuple(weight.shape) != piece.shape or weight.dtype != piece.dtype:
+        raise ThriftyError(
+            f"{name} is {weight.dtype} {tuple(weight.shape)}, the delta is of {piece.dtype} {piece.shape}: another base"
+        )
+    if layer.base_sha256 not in (None, piece.fingerprint):
+        raise ThriftyError(f"{name} was quantized from another base than this delta's")
