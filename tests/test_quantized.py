@@ -17,8 +17,8 @@ from thrifty.core.method import parse_method
 from thrifty.core.quantized import QuantizedLinear, dequantized, give_gradients, is_quantized, stored_bytes
 from thrifty.delta import Delta
 from thrifty.select.compose import compose
-from thrifty.update.quantize import FORMS, plain, quantize
-from thrifty.update.quantized import PatchedLinear, apply_quantized
+from thrifty.update.quantize import FORMS, apply_quantized, packed_bytes, plain, quantize
+from thrifty.update.quantized import PatchedLinear
 from thrifty.update.tuning import attach
 
 pytest.importorskip("torchao")
@@ -119,9 +119,10 @@ def test_a_quantized_layer_has_the_gradients_of_the_matrix_it_stands_for(form: s
 @pytest.mark.parametrize(("form", "bits"), [("int8", 8), ("int4", 4), ("nf4", 4)])
 def test_a_quantized_weight_is_as_small_as_its_name_says(form: str, bits: int) -> None:
     model = nn.Sequential(nn.Linear(576, 576, bias=False))
-    before = model[0].weight.detach().clone()
+    before, expected = model[0].weight.detach().clone(), packed_bytes(model[0], form)
     quantize(model, form)
     weight = model[0].weight
+    assert abs(stored_bytes(weight) - expected) <= 4
     assert bits <= 8 * stored_bytes(weight) / weight.numel() < bits + 1.2
     error = float((dequantized(weight) - before).norm() / before.norm())
     assert error < (0.01 if bits == 8 else 0.12)

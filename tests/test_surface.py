@@ -110,6 +110,7 @@ KEYS = [
     "model",
     "tokenizer",
     "dtype",
+    "quantize",
     "trust_remote_code",
     "add_tokens",
     "data",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["QuantizedLinear", "dequantized", "give_gradients", "is_quantized", "stored_bytes"]
+__all__ = ["QuantizedLinear", "dequantized", "give_gradients", "is_quantized", "quantized_as", "stored_bytes"]
 
 _ROWS = 1024  # of the identity, where a kernel itself has to say what it multiplies by
 
@@ -84,10 +84,12 @@ class _Product(torch.autograd.Function):
 class QuantizedLinear(nn.Linear):
     """`nn.Linear` whose weight torchao quantized, and through which gradients pass whatever the kernel.
 
-    base_sha256: the fingerprint of the weight before it was quantized, where that is known.
+    base_sha256: the fingerprint of the weight before it was quantized, where that is known. form: as a run file names
+    the quantization, where it is one of those.
     """
 
     base_sha256: str | None = None
+    form: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -107,3 +109,13 @@ def give_gradients(model: nn.Module) -> dict[str, QuantizedLinear]:
             if isinstance(module, QuantizedLinear):
                 found[f"{name}.weight" if name else "weight"] = module
     return found
+
+
+def quantized_as(model: nn.Module) -> str | None:
+    """How the weights of `model` are quantized: `int8`, `int4`, `nf4`, or torchao's class; None where none is."""
+    found = {
+        getattr(module, "form", None) or type(module.weight).__name__
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and is_quantized(module.weight)
+    }
+    return ", ".join(sorted(found)) or None

@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +28,7 @@ from .files import FORMAT, JSON, refuse_other
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["PeerDelta", "logit_difference", "merge"]
+__all__ = ["PeerDelta", "logit_difference", "merge", "unmerged"]
 
 _log = logging.getLogger("thrifty")
 _ADAPTER = "adapter"
@@ -46,6 +48,14 @@ def _logits(model: nn.Module) -> Tensor:
 def logit_difference(before: Tensor, after: Tensor) -> float:
     """The largest absolute difference."""
     return float((before - after).abs().max())
+
+
+@contextmanager
+def unmerged() -> Iterator[None]:
+    """While PEFT wraps a model: no advice on how to merge into a quantized base, which is not done here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
+        yield
 
 
 def merge(peft_model: Any) -> tuple[nn.Module, float]:
@@ -92,7 +102,8 @@ class PeerDelta(Delta):
         from peft import PeftModel, set_peft_model_state_dict
 
         assert self.config is not None
-        wrapped = PeftModel(model, self.config)
+        with unmerged():
+            wrapped = PeftModel(model, self.config)
         set_peft_model_state_dict(wrapped, dict(self.state))
         return wrapped
 

@@ -110,6 +110,7 @@ def traced(job: Job, *, heap: bool = False, probe: bool = True) -> Traced:
     """
     model = build(job)
     parameters, weights = distinct_parameters(model), weight_bytes(model)
+    packed = weight_bytes(model, quantize=job.quantize)
     bare = build(job) if probe and job.method.needs_probe else None
     model_, _ = attach(model, job.method, job.budget)
     leaves = [p for p in model_.parameters() if p.requires_grad]
@@ -122,7 +123,7 @@ def traced(job: Job, *, heap: bool = False, probe: bool = True) -> Traced:
         job=job,
         parameters=parameters,
         trained=sum(p.numel() for p in leaves),
-        weights=weights,
+        weights=packed,
         trained_bytes=sum(p.nbytes for p in leaves),
         beside=weight_bytes(model_) - weights + _held_by_parts(model_),
         step=step,

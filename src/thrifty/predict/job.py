@@ -31,6 +31,7 @@ class Job:
         autocast: None, or the dtype of the products.
         checkpointing: whether layers are run again in backward; `checkpoint_layers`: the lowest of them, None: all.
         optimizer: transformers' name.
+        quantize: how the base's linear layers are quantized, if at all.
         probe_rows, probe_units: of methods that look at gradients first.
         notes: what was assumed, for the reader.
     """
@@ -46,6 +47,7 @@ class Job:
     padded: bool = True
     steps: int = 1
     dtype: torch.dtype = torch.float32
+    quantize: str | None = None
     autocast: torch.dtype | None = None
     checkpointing: bool = False
     checkpoint_layers: int | None = None

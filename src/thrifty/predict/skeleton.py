@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.errors import ThriftyError
+from ..update.quantize import check_quantize, packed_bytes
 from .job import Job
 
 __all__ = ["build", "cut", "fake", "layers_of", "quiet", "tensors_of", "weight_bytes"]
@@ -49,10 +50,13 @@ def layers_of(model: nn.Module) -> tuple[nn.Module, str]:
     return parent, name
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Of all distinct parameters and buffers."""
+def weight_bytes(model: nn.Module, *, quantize: str | None = None) -> int:
+    """Of all distinct parameters and buffers; `quantize`: once a run has quantized them so. ThriftyError where it
+    cannot."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.nbytes for t in tensors.values())
+    total = sum(t.nbytes for t in tensors.values())
+    linears = [] if quantize is None else check_quantize(model, quantize)
+    return total - sum(linear.weight.nbytes - packed_bytes(linear, str(quantize)) for linear in linears)
 
 
 def cut(model: nn.Module, numbers: Sequence[int]) -> nn.Module:

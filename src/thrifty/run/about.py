@@ -30,6 +30,7 @@ _EXTRAS = {
     "liger": (("liger-kernel",), "Liger's fused loss on CUDA devices"),
     "report": (("tensorboard", "trackio"), "report_to: tensorboard or trackio"),
     "triton": (("triton",), "fused kernels of the regions' gradients on CUDA devices (Linux)"),
+    "quantized": (("torchao",), "quantize: int8, int4 or nf4, a quantized base"),
     "plots": (
         ("matplotlib", "plotly", "kaleido"),
         "pictures: thrifty delta show --plot, the report of thrifty compare",

@@ -26,7 +26,9 @@ def chat(place: Place, *, system: str | None = None) -> None:
     """
     config = place.config
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
-    model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    model = load_model(
+        config.model, dtype=config.dtype, quantize=config.quantize, trust_remote_code=config.trust_remote_code
+    )
     if place.delta is not None:
         model = apply_delta(place.delta, model=model, tokenizer=tokenizer)
     model.eval()

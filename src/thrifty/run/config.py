@@ -47,6 +47,7 @@ class RunConfig:
     model: str | dict[str, Any]  # smollm2-135m, a folder or a hub id, or {base: one of these, deltas: [...]}
     tokenizer: str | None = None  # None: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what the weights are held in
+    quantize: Literal["int8", "int4", "nf4"] | None = None  # the base's linear layers; what is trained stays in dtype
     trust_remote_code: bool = False  # whether Python code that comes with the model may run
     add_tokens: list[str] | None = None  # new in the tokenizer; their rows are trained beside the method's part
     data: DataConfig = field(default_factory=DataConfig)  # the rows

@@ -142,6 +142,8 @@ def sweep(place: Place, weights: Sequence[float]) -> Iterator[tuple[float, dict[
     (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", equation 1). The model is loaded once."""
     assert place.delta is not None
     config, delta = place.config, open_delta(place.delta)
+    if config.quantize is not None:
+        raise ThriftyError("weights between base and fine-tuned need a base that is not quantized: quantize=null")
     examples = examples_of(config)
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)

@@ -97,6 +97,7 @@ def job_of(config: RunConfig, *, read: tuple[list[int], float] | None = None) ->
         accumulation=parts,
         labels=labels,
         dtype=DTYPES[config.dtype],
+        quantize=config.quantize,
         autocast=None if autocast is None else DTYPES[autocast],
         checkpointing=bool(checkpointing),
         checkpoint_layers=config.checkpoint_layers,
@@ -117,6 +118,11 @@ def _notes(config: RunConfig, *, has_rows: bool) -> list[str]:
         notes.append(f"no data: every row as long as max_length ({config.max_length} tokens), each with a label")
         if not _max_steps(config):
             notes.append(f"no data and no max_steps: {_SOME_STEPS:,} steps")
+    if config.quantize is not None:
+        notes.append(
+            f"quantize: weights are counted as {config.quantize} packs them; seconds are those of a base that is not "
+            "quantized, and the matrix that each product makes for a moment is not counted"
+        )
     if config.add_tokens:
         notes.append("rows of new tokens are not counted")
     if config.eval.before or config.data.eval:

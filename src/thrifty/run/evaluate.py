@@ -31,7 +31,7 @@ from .evaluation import (
 from .model import ModelName, apply_delta, load_model, load_tokenizer
 from .rows import answered_examples
 
-__all__ = ["evaluate", "examples_of", "first_of", "run_eval"]
+__all__ = ["evaluate", "examples_of", "first_of", "first_row", "run_eval"]
 
 T = TypeVar("T")
 
@@ -81,6 +81,14 @@ def evaluate(
     return scores
 
 
+def first_row(config: EvalConfig) -> EvalConfig:
+    """One answer and one choice: what cannot be measured fails before training, not after it."""
+    if config.forgetting is not None and not Path(config.forgetting).is_file():
+        raise ThriftyError(f"eval.forgetting: there is no file {config.forgetting!r}: name a plain text file")
+    exact_match, choice = min(1, config.exact_match), min(1, config.choice)
+    return dataclasses.replace(config, loss=False, exact_match=exact_match, choice=choice, forgetting=None)
+
+
 def first_of(examples: Sequence[T], rows: int | bool, name: str) -> Sequence[T]:
     """The first `rows` rows; all of them for True."""
     if not examples:
@@ -101,7 +109,13 @@ def run_eval(model: ModelName, *, delta: str | None, config: RunConfig) -> dict[
     examples = examples_of(config)
     tokenizer = load_tokenizer(config.tokenizer or model, trust_remote_code=config.trust_remote_code)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    loaded: nn.Module = load_model(model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=device)
+    loaded: nn.Module = load_model(
+        model,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
+        device=device,
+    )
     if delta is not None:
         loaded = apply_delta(delta, model=loaded, tokenizer=tokenizer)
     return evaluate(loaded, tokenizer, examples, config.eval, max_length=config.max_length)

@@ -52,10 +52,12 @@ def export(
         raise ThriftyError(f"{source} is no folder of a run or of a delta: there is nothing to export")
     target = Path(output)
     _refuse_used(target, base=base_and_deltas(config.model)[0])
-    model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    model = load_model(
+        config.model, dtype=config.dtype, quantize=config.quantize, trust_remote_code=config.trust_remote_code
+    )
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     about = told(place.delta, base=config.model, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
-    model = apply_delta(place.delta, model=model, tokenizer=tokenizer)
+    model = apply_delta(place.delta, model=model, tokenizer=tokenizer, as_plain=True)
     if dtype is not None:
         for parameter in model.parameters():  # not `model.to`: it would round rotary tables, which loading keeps exact
             parameter.data = parameter.data.to(getattr(torch, dtype))

@@ -51,7 +51,13 @@ def run_harness(place: Place, *, tasks: Sequence[str], folder: str | None = None
     config = place.config
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=device)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
+        device=device,
+    )
     if place.delta is not None:
         model = apply_delta(place.delta, model=model, tokenizer=tokenizer)
     found = harness_scores(

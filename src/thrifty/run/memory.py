@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..core.heap import trim_heap
+from ..core.quantized import is_quantized
 
 __all__ = ["Clock", "MemoryMeter", "SavedBytes", "saved_bytes"]
 
@@ -86,7 +87,8 @@ def _settle(model: nn.Module) -> None:
     """Make "what loading left" mean the weights: all of them resident, and nothing that loading has freed."""
     gc.collect()
     for parameter in model.parameters():
-        parameter.detach().reshape(-1)[::512].sum()  # a file's mapped page becomes resident when it is read
+        if not is_quantized(parameter):  # those were made here
+            parameter.detach().reshape(-1)[::512].sum()  # a file's mapped page becomes resident when it is read
     trim_heap()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from thrifty.core.errors import ThriftyError, nearest, unknown
+from thrifty.core.quantized import quantized_as
 from thrifty.delta import Delta
+from thrifty.update.quantize import apply_quantized
+from thrifty.update.quantize import quantize as quantize_weights
 
 from .embedded import EMBEDDED, embedded_folder, no_progress_bars
 from .loading import streaming
@@ -27,12 +31,14 @@ __all__ = [
     "empty_model",
     "load_model",
     "load_tokenizer",
+    "refuse_deltas",
     "resolve",
 ]
 
 # an embedded name, a folder or a hub id; or `{"base": one of these, "deltas": [folders]}`
 ModelName = str | Path | Mapping[str, Any]
 
+_log = logging.getLogger("thrifty")
 _DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -95,6 +101,7 @@ def load_model(
     spec: ModelName,
     *,
     dtype: str | torch.dtype = "float32",
+    quantize: str | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
@@ -104,6 +111,7 @@ def load_model(
         spec: an embedded name (`smollm2-135m`), a folder, or a hub id; with deltas to apply, `{"base": ..., "deltas":
             [...]}`.
         dtype: what the weights are held in: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
+        quantize: `int8`, `int4` or `nf4`, for the weights of linear layers; None leaves them as they are.
         trust_remote_code: whether Python files that come with the checkpoint may run.
         device: where to put it; the CPU by default.
 
@@ -116,12 +124,32 @@ def load_model(
     if not isinstance(dtype, torch.dtype) and dtype not in _DTYPES:
         raise ThriftyError(unknown("dtype", str(dtype), _DTYPES))
     base, deltas = base_and_deltas(spec)
+    if quantize is not None:
+        refuse_deltas(deltas)
     model = _load_base(base, dtype=dtype, trust_remote_code=trust_remote_code)
     for folder in deltas:
-        applied = Delta.load(delta_folder(folder)).apply(model)
-        assert isinstance(applied, PreTrainedModel)
-        model = applied
+        model = _applied(Delta.load(delta_folder(folder)), model)
+    if quantize is not None:
+        quantize_weights(model, quantize, device=device)
     return model if device is None else model.to(device)
+
+
+def refuse_deltas(deltas: Sequence[str]) -> None:
+    """ThriftyError where a base that is to be quantized has deltas."""
+    if deltas:
+        raise ThriftyError(
+            "quantize needs a base without deltas, whose folder holds the original values of trained blocks: "
+            "`thrifty export` them to a folder first, and name that as model"
+        )
+
+
+def _applied(delta: Delta, model: PreTrainedModel, *, as_plain: bool = False) -> Any:
+    """`model` with `delta` in it: a PreTrainedModel, or PEFT's wrapper of a quantized one."""
+    if quantized_as(model) is not None:
+        return apply_quantized(delta, model, as_plain=as_plain)
+    if (form := delta.info.get("quantize")) is not None:
+        _log.warning("the delta was trained on a base quantized to %s: on this one its answers differ a little", form)
+    return delta.apply(model)
 
 
 def _load_base(spec: str, *, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -210,14 +238,15 @@ def load_tokenizer(spec: ModelName, *, trust_remote_code: bool = False) -> PreTr
     return tokenizer
 
 
-def apply_delta(folder: str | Path, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Put the delta in `folder` on its base `model`, and teach `tokenizer` the tokens that were added to it."""
+def apply_delta(
+    folder: str | Path, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, as_plain: bool = False
+) -> Any:
+    """Put the delta in `folder` on its base `model`, and teach `tokenizer` the tokens that were added to it. A
+    quantized base stays quantized, unless it is wanted `as_plain`."""
     delta = Delta.load(delta_folder(folder))
     if delta.new_tokens is not None:
         delta.new_tokens.extend(tokenizer)
-    applied = delta.apply(model)
-    assert isinstance(applied, PreTrainedModel)
-    return applied
+    return _applied(delta, model, as_plain=as_plain)
 
 
 def _check_config(folder: Path) -> None:

@@ -38,7 +38,7 @@ __all__ = [
     "versions",
 ]
 
-_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "peft")
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "peft", "torchao")
 
 
 def versions() -> dict[str, str]:
@@ -151,6 +151,7 @@ def delta_info(config: RunConfig, *, trainer: ThriftyTrainer) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "learning_rate": trainer.args.learning_rate,
         "seed": config.seed,
+        **({} if config.quantize is None else {"quantize": config.quantize}),
         "versions": versions(),
     }
 

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from thrifty.core.errors import ThriftyError
 from thrifty.core.files import disk_errors, write_json
 from thrifty.data import collate
 from thrifty.delta import Delta, NewTokens
@@ -30,10 +29,10 @@ from thrifty.update.tuning import Tuning, attach_with
 from .arguments import keeps_best, training_arguments, with_defaults
 from .checkpoint import Checkpoint, claim, find_checkpoint
 from .checkpointing import switch_on_checkpointing
-from .config import EvalConfig, RunConfig, load_config
+from .config import RunConfig, load_config
 from .display import Display
 from .embedded import no_progress_bars
-from .evaluate import evaluate
+from .evaluate import evaluate, first_row
 from .folder_state import begin_folder, stopped
 from .lock import locked
 from .lost import lost_processes, warn_of_old_addresses
@@ -45,6 +44,7 @@ from .order import row_order
 from .out_of_memory import memory_errors
 from .probe_batches import check_text, probe_batches, probe_loss
 from .provenance import record_of
+from .quantized import quantize_base, refuse_quantized, whole_on
 from .repeat import differences
 from .result import finished
 from .resumed import refuse_changes, warn_of_processes
@@ -88,6 +88,7 @@ def run_training(config: RunConfig, *, console: Console | None = None, repeats: 
     refuse_unsupported(config)
     config = with_defaults(config)
     args = training_arguments(config)
+    refuse_quantized(config, processes=args.world_size)
     console = Console() if console is None else console
     console.quiet = console.quiet or not args.should_save
     output = Path(args.output_dir)
@@ -121,10 +122,12 @@ def _run(
     ids = extend(tokenizer, config.add_tokens) if config.add_tokens else {}
     rows = load_rows(config, tokenizer)
     console.print(describe_data(rows.report, max_length=config.max_length), highlight=False, soft_wrap=True)
-    model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device)
+    device = whole_on(config, args.device)
+    model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=device)
     new_tokens = grow(model, ids, rows=rows.train, console=console)
     check_fits(config, model, rows)
     record = record_of(config, model=model, rows=rows, processes=args.world_size)
+    quantize_base(config, model, device=args.device)
     if repeats is not None:
         found = differences(repeats, config, record)
         text = "repeating a run: " + ("; ".join(found) if found else "versions, machine, model and data are the same")
@@ -140,7 +143,7 @@ def _run(
     if checkpoint is None and config.eval.before:
         record["before"] = measure(model, config=config.eval)
     else:
-        measure(model, config=_first_row(config.eval))
+        measure(model, config=first_row(config.eval))
 
     tuning, trainer = train_rows(
         config,
@@ -172,15 +175,6 @@ def _run(
             write_json(output / "summary.json", summary)
     print_result(summary, output=output, console=console)
     return Run(summary=summary, delta=delta, model=model, tokenizer=tokenizer, output_dir=output)
-
-
-def _first_row(config: EvalConfig) -> EvalConfig:
-    """One answer and one choice: what cannot be measured fails before training, not after it."""
-    if config.forgetting is not None and not Path(config.forgetting).is_file():
-        raise ThriftyError(f"eval.forgetting: there is no file {config.forgetting!r}: name a plain text file")
-    return replace(
-        config, loss=False, exact_match=min(1, config.exact_match), choice=min(1, config.choice), forgetting=None
-    )
 
 
 def train_rows(

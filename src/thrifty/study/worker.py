@@ -100,7 +100,11 @@ def _base(spec: Spec) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model: nn.Module = load_model(
-        config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=device
+        config.model,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
+        device=device,
     )
     measures = _measured(spec, model, tokenizer, config=config)
     info = {"status": "success", "metrics": [], "measures": measures, "num_total_params": distinct_parameters(model)}

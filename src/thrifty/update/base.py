@@ -54,7 +54,7 @@ class Originals:
             with suppress(LocalEntryNotFoundError, HFValidationError):
                 self._folder = Path(snapshot_download(name, local_files_only=True))
         files = sorted(self._folder.glob("*.safetensors")) if name and self._folder.is_dir() else []
-        if not files or getattr(model, APPLIED, 0):
+        if not files or getattr(model, APPLIED, False):
             raise ThriftyError(
                 f"blocks of a quantized weight start from its original values, which {name or 'this model'!r} does not "
                 "hold: load the base with from_pretrained, from a folder or a hub id, with no delta in it"

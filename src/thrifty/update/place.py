@@ -62,7 +62,7 @@ def place(model: nn.Module, plan: Plan, *, keep_originals: bool, seed: int = 0) 
             )
     check_regions(model, plan)
     quantized = {n for n in plan if isinstance(holders[n][0][0], QuantizedLinear) and holders[n][0][1] == "weight"}
-    originals = Originals(model) if quantized else {}
+    originals: Originals | dict[str, Tensor] = Originals(model) if quantized else {}
     generator = torch.Generator().manual_seed(seed)
     for p in parameters.values():
         p.requires_grad_(False)

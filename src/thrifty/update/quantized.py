@@ -7,8 +7,7 @@ trained without quantization error. Q is neither changed nor copied, and blocks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +18,8 @@ from ..core.errors import ThriftyError
 from ..core.method import Method
 from ..core.quantized import QuantizedLinear, dequantized, give_gradients, is_quantized
 from ..core.region import Blocks, Region
-from ..delta import Delta, Piece
+from ..delta import Piece
 from ..delta.digest import fingerprint
-from ..delta.files import AnyPiece
-from ..delta.peer import PeerDelta
 from ..select.blocks import TopBlocks
 from ..select.diagonal import Diagonal
 from ..select.saved import Saved
@@ -30,31 +27,30 @@ from ..select.tensors import Tensors
 from .additive import Additive
 from .part import LEAF_PREFIX, InPlaceModule, Part, leaf_dtype
 
-__all__ = ["Patch", "PatchedLinear", "QuantizedBlocks", "QuantizedPart", "apply_quantized", "check_method", "prepared"]
+__all__ = ["Patch", "PatchedLinear", "QuantizedBlocks", "QuantizedPart", "check_method", "check_regions", "prepared"]
 
 _KNOWN = (TopBlocks, Diagonal, Saved, Tensors)
 _FIX = "take smt, random_blocks, random_rows, random_columns or diablo, or leave quantize out"
 _FAR = 0.5  # no quantization moves a matrix by half of its norm
 
 
-class Patch:
+class Patch(nn.Module):
     """The values of blocks in place of those of a quantized weight of `shape` `[out, in]`: all packed."""
 
+    values: Tensor
+    quantized: Tensor
+
     def __init__(self, region: Blocks, shape: Sequence[int], *, values: Tensor, quantized: Tensor) -> None:
-        self.region, self.quantized = region, quantized
+        super().__init__()
+        self.region = region
         self.beside = Additive(region, shape, transposed=False)
-        self.put(values)
+        self.register_buffer("quantized", quantized, persistent=False)
+        self.register_buffer("values", values.detach().view(quantized.shape), persistent=False)
 
-    def put(self, values: Tensor) -> None:
-        """Make `values` those of the blocks."""
-        wide = leaf_dtype(values.dtype)
-        self.values = values.detach().view(self.quantized.shape)
-        self.change = self.values.to(wide) - self.quantized.to(wide)
-
-    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """The layer was moved or cast by `fn`."""
-        self.quantized = fn(self.quantized)
-        self.put(fn(self.values))
+    def change(self) -> Tensor:
+        """What the blocks add to the quantized weight, float32 or wider."""
+        wide = leaf_dtype(self.values.dtype)
+        return self.values.to(wide) - self.quantized.to(wide)
 
 
 class PatchedLinear(QuantizedLinear):
@@ -67,12 +63,7 @@ class PatchedLinear(QuantizedLinear):
         return y + self.patch.beside(x, self._packed(), dtype=y.dtype)
 
     def _packed(self) -> Tensor:
-        return self.patch.change
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedLinear:
-        super()._apply(fn, recurse)
-        self.patch.convert(fn)
-        return self
+        return self.patch.change()
 
 
 class _Tap(torch.autograd.Function):
@@ -108,9 +99,7 @@ class QuantizedPart(Part):
         self.original: Tensor = region.gather(base)
         self.in_leaf, self.dirty, self.stamp, self.kept, self.held = False, False, 0, None, None
         module.__class__ = PatchedLinear
-        module.patch = Patch(  # type: ignore[assignment]
-            region, base.shape, values=self.original, quantized=region.gather(stands_for)
-        )
+        module.patch = Patch(region, base.shape, values=self.original, quantized=region.gather(stands_for))
         leaf = torch.zeros_like(self.original, dtype=leaf_dtype(base.dtype))
         module.register_parameter(LEAF_PREFIX + self.attribute, nn.Parameter(leaf))
         module.__class__ = QuantizedBlocks
@@ -126,7 +115,7 @@ class QuantizedPart(Part):
         return self.patch.values
 
     def _put(self, values: Tensor) -> None:
-        self.patch.put(values)
+        self.patch.values = values.detach().view(self.patch.quantized.shape)
 
     def piece(self, original: Tensor) -> Piece:
         self.flush()
@@ -144,8 +133,8 @@ class QuantizedBlocks(InPlaceModule, PatchedLinear):
         part = self._thrifty["weight"]
         part.flush()
         if not torch.is_grad_enabled() or not part.leaf.requires_grad:
-            return self.patch.change
-        tapped: Tensor = _Tap.apply(part.leaf, self.patch.change)
+            return self.patch.change()
+        tapped: Tensor = _Tap.apply(part.leaf, self.patch.change())
         return tapped
 
 
@@ -177,41 +166,3 @@ def check_regions(model: nn.Module, plan: Mapping[str, Region]) -> None:
     for name, region in plan.items():
         if is_quantized(parameters[name]) and not isinstance(region, Blocks):
             raise ThriftyError(f"{name} is quantized, and only blocks of it can be trained, not {region.kind}: {_FIX}")
-
-
-@torch.no_grad()
-def apply_quantized(delta: Delta, model: nn.Module) -> nn.Module:
-    """Put `delta` on the quantized base that it was trained on, and return the model to use: its blocks beside the
-    quantized weights, all else as `Delta.apply` does; a PEFT adapter stays one. ThriftyError where it does not fit."""
-    layers = prepared(model)
-    if isinstance(delta, PeerDelta):
-        for name, expected in delta.base.items():
-            if name not in layers or layers[name].base_sha256 not in (None, expected):
-                raise ThriftyError(f"{name} differs from the base of this delta: another base, or one not quantized")
-        wrapped: nn.Module = delta.wrap(model)
-        return wrapped
-    pieces = {name: piece for name, piece in delta.pieces.items() if name in layers}
-    for name, piece in pieces.items():
-        _check_piece(name, piece, layers[name])
-    replace(delta, pieces={n: p for n, p in delta.pieces.items() if n not in layers}).apply(model)
-    for name, piece in pieces.items():
-        layer = layers[name]
-        assert isinstance(piece, Piece)
-        assert isinstance(piece.region, Blocks)
-        quantized = piece.region.gather(dequantized(layer.weight))
-        layer.__class__ = PatchedLinear
-        values = piece.values.to(layer.weight.device)
-        layer.patch = Patch(piece.region, piece.shape, values=values, quantized=quantized)  # type: ignore[assignment]
-    return model
-
-
-def _check_piece(name: str, piece: AnyPiece, layer: QuantizedLinear) -> None:
-    weight = layer.weight
-    if not isinstance(piece, Piece) or not isinstance(piece.region, Blocks):
-        raise ThriftyError(f"{name} is quantized, and the delta holds more of it than blocks: leave quantize out")
-    if tuple(weight.shape) != piece.shape or weight.dtype != piece.dtype:
-        raise ThriftyError(
-            f"{name} is {weight.dtype} {tuple(weight.shape)}, the delta is of {piece.dtype} {piece.shape}: another base"
-        )
-    if layer.base_sha256 not in (None, piece.fingerprint):
-        raise ThriftyError(f"{name} was quantized from another base than this delta's")

@@ -14,6 +14,7 @@ from ..core.budget import Budget
 from ..core.errors import ThriftyError
 from ..core.method import Method, parse_method
 from ..core.plan import Plan
+from ..core.quantized import quantized_as
 from ..delta import Delta, NewTokens
 from ..select.compose import compose
 from ..select.probe import Loss, model_loss
@@ -139,7 +140,10 @@ class Tuning:
         """What changed so far, exact: the region's values before and after."""
         originals = self._originals()
         pieces = {name: part.piece(originals[name]) for name, part in self._live().items()}
-        return Delta(pieces, method=self.method.to_dict(), total=self.plan.total, new_tokens=self.new_tokens)
+        form = quantized_as(self.model)
+        info = {} if form is None else {"quantize": form}
+        method = self.method.to_dict()
+        return Delta(pieces, method=method, total=self.plan.total, info=info, new_tokens=self.new_tokens)
 
     def finish(self) -> nn.Module:
         """Plain modules with the trained weights, `requires_grad` as before: the model object that was attached."""

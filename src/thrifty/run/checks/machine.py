@@ -15,6 +15,7 @@ from thrifty.core.memory import free_memory
 from thrifty.data.encode import Encoded
 from thrifty.predict.cost import estimate_job
 from thrifty.predict.hardware import find_hardware
+from thrifty.predict.skeleton import weight_bytes
 
 from ..arguments import keeps_best
 from ..checkpoint import claim, find_checkpoint
@@ -37,6 +38,9 @@ def check_memory(
     """The estimate against the memory there is: a problem where weights and what is trained do not fit, a warning where
     the estimated peak, of `rows` as they will be trained, does not."""
     weights = distinct_parameters(model) * next(model.parameters()).element_size()
+    if config.quantize is not None:
+        with report.attempt():
+            weights = weight_bytes(model, quantize=config.quantize)
     certain, free = weights + _STATE * trained, free_memory(device)
     parts = f"weights {human_bytes(weights)}, trained values with their state {human_bytes(_STATE * trained)}"
     if certain > free:

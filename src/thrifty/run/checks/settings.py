@@ -18,6 +18,7 @@ from ..arguments import schedule_problems, training_arguments, with_defaults
 from ..config import RunConfig
 from ..objectives import parse_objective, refuse_unsupported
 from ..probe_batches import check_text
+from ..quantized import refuse_quantized
 from ..reader import read_config
 from .report import Report
 
@@ -73,6 +74,8 @@ def check_settings(
     if "method" not in reading.broken:
         with report.attempt():
             check_text(config)
+        with report.attempt():
+            refuse_quantized(config)
     _check_optimizer(report, config)
     forgetting = config.eval.forgetting
     if forgetting is not None and not Path(forgetting).is_file():

@@ -20,6 +20,7 @@ from ..new_tokens import grow
 from ..objectives import parse_objective
 from ..probe_batches import general_rows
 from ..provenance import record_of
+from ..quantized import quantize_base, whole_on
 from ..rows import Rows
 from ..stop import Stop
 from ..train import train_rows
@@ -46,9 +47,11 @@ def try_step(
             config, data, tokenizer, batch=args.per_device_train_batch_size * args.gradient_accumulation_steps
         )
         rows = replace(rows, eval=_longest(data.eval, args.per_device_eval_batch_size) or None)
-        model = load_model(
-            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=args.device
-        )
+        device = whole_on(config, args.device)
+        model = load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=device)
+        new_tokens = grow(model, ids, rows=rows.train, console=quiet)
+        record = record_of(config, model=model, rows=rows, processes=args.world_size)
+        quantize_base(config, model, device=args.device)
         try:
             with Stop() as stop:
                 tuning, trainer = train_rows(
@@ -57,8 +60,8 @@ def try_step(
                     model=model,
                     rows=rows,
                     tokenizer=tokenizer,
-                    new_tokens=grow(model, ids, rows=rows.train, console=quiet),
-                    record=record_of(config, model=model, rows=rows, processes=args.world_size),
+                    new_tokens=new_tokens,
+                    record=record,
                     checkpoint=None,
                     console=quiet,
                     stop=stop,
