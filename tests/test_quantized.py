@@ -302,3 +302,54 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
     tuning = attach(load(folder, "int8"), METHODS["smt"], budget=0.1, batches=BATCHES)
     with pytest.raises(ThriftyError, match="another base"):
         apply_quantized(tuning.delta(), moved)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_peft_tuner_starts_from_originals_too(folder: Path, form: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from thrifty.integrations.peft import SmtConfig
+
+    twin = load(folder, None)
+    model = load(folder, form)
+    standing = {n: dequantized(m.weight) for n, m in give_gradients(model).items()}
+    wrapped = peft.get_peft_model(model, SmtConfig(budget=0.1, block_size=8, task_type="CAUSAL_LM"))
+    weights = dict(twin.named_parameters())
+    layers = {f"{n}.weight": m for n, m in model.named_modules() if hasattr(m, "smt_regions")}
+    assert set(layers) == set(standing)
+    for n, layer in layers.items():
+        region, original = layer.smt_regions["default"], weights[n].detach().clone()
+        weights[n].data = standing[n]
+        region.scatter_(weights[n].data, region.gather(original))
+    torch.testing.assert_close(logits(wrapped), logits(twin), rtol=1e-4, atol=1e-4)
+    for m in (wrapped, twin):
+        m.train()(**BATCHES[1]).loss.backward()
+    for n, layer in layers.items():
+        expected = layer.smt_regions["default"].gather(weights[n].grad)
+        found = layer.smt_offsets["default"].grad
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-7)
+    wrapped.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(load(folder, form), tmp_path)
+    torch.testing.assert_close(logits(again), logits(wrapped), rtol=0, atol=0)
+
+
+def test_the_stock_trainer_takes_peft_tuner_on_what_transformers_quantized(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig, Trainer, TrainingArguments
+
+    from thrifty.integrations.peft import SmtConfig
+
+    how = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], learning_rate=0.01, use_cpu=True
+    )
+    rows = [{key: value[k] for key, value in BATCHES[0].items()} for k in range(4)]
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model, arguments, train_dataset=rows)
+    wrapped = peft.get_peft_model(model, SmtConfig(budget=0.1, block_size=8, task_type="CAUSAL_LM"))
+    before = {n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert any(values.any() for values in before.values())  # originals minus quantized values
+    Trainer(wrapped, arguments, train_dataset=rows).train()
+    after = dict(wrapped.named_parameters())
+    assert all(not torch.equal(after[n], values) for n, values in before.items())

@@ -11,11 +11,13 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import ThriftyError
+from ..core.quantized import QuantizedLinear, dequantized
 from ..core.region import Blocks
 from ..delta import Piece, fingerprint
 from ..select.targets import Target
@@ -77,7 +79,10 @@ class SmtLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.target = target
         self.out_features, self.in_features = target.out_in
-        self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
+        if isinstance(base_layer, QuantizedLinear) and quantization.get("get_apply_tensor_subclass") is None:
+            self.quantization_backend = ForwardOnlyQuantizationBackend("torchao")  # nobody says how to quantize again
+        else:
+            self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
         self.smt_offsets = Offsets({})
         self.smt_blocks = BufferDict(persistent=True)  # int32 [n, 2]: values must not be loaded into other blocks
         self.smt_regions: dict[str, Blocks] = {}
@@ -89,10 +94,21 @@ class SmtLinear(nn.Module, BaseTunerLayer):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_additive": {}}  # it holds weak references
 
-    def update_layer(self, adapter_name: str, region: Blocks, *, init_weights: bool, inference_mode: bool) -> None:
-        """Add or replace an adapter."""
+    def update_layer(
+        self,
+        adapter_name: str,
+        region: Blocks,
+        *,
+        init_weights: bool,
+        inference_mode: bool,
+        original: Tensor | None = None,
+    ) -> None:
+        """Add or replace an adapter. `original`: of a quantized weight what it was before: the blocks then start there,
+        without quantization error."""
         shape = region.packed_shape(self.target.shape)
         values = torch.zeros(shape) if init_weights else torch.randn(shape)
+        if original is not None:
+            values += region.gather(original).float() - region.gather(dequantized(self.get_base_layer().weight)).float()
         self.smt_offsets[adapter_name] = Offset(values)
         self.smt_blocks[adapter_name] = region.index.to(torch.int32)
         self.smt_regions[adapter_name] = region

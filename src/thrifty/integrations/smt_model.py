@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,16 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..core.errors import ThriftyError, nearest
+from ..core.quantized import QuantizedLinear, dequantized, give_gradients
 from ..select.targets import Target
+from ..update.base import Originals
+from ..update.quantized import checked
 from .smt_config import SmtConfig
 from .smt_layer import SmtLinear, target_of
 
 __all__ = ["SmtModel", "base_numbers"]
+
+_log = logging.getLogger("thrifty")
 
 
 def base_numbers(model: nn.Module) -> int:
@@ -47,6 +53,7 @@ class SmtModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: SmtConfig, model: nn.Module) -> None:
+        give_gradients(model)
         names = dict(model.named_modules())
         for name in peft_config.selection or ():
             if name not in names:
@@ -79,12 +86,28 @@ class SmtModel(BaseTuner):
             peft_config.choose({current_key: layer.target}, total=base_numbers(self.model))
         region = peft_config.region(current_key, layer.target.shape)
         layer.update_layer(
-            adapter_name, region, init_weights=peft_config.init_weights, inference_mode=peft_config.inference_mode
+            adapter_name,
+            region,
+            init_weights=peft_config.init_weights,
+            inference_mode=peft_config.inference_mode,
+            original=self._original(layer, f"{current_key}.weight") if not peft_config.inference_mode else None,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _original(self, layer: SmtLinear, name: str) -> Tensor | None:
+        """What a quantized weight was before; None for one that is not, or where that cannot be read."""
+        base = layer.get_base_layer()
+        if not isinstance(base, QuantizedLinear):
+            return None
+        try:
+            read = Originals(self.model)[name]
+        except ThriftyError as error:
+            _log.warning("%s: its blocks start from quantized values (%s)", name, error)
+            return None
+        return checked(name, base, read, dequantized(base.weight))
 
     def _layer(self, module: nn.Module, name: str) -> SmtLinear:
         target: Target | None = target_of(name, module)

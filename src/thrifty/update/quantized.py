@@ -27,7 +27,16 @@ from ..select.tensors import Tensors
 from .additive import Additive
 from .part import LEAF_PREFIX, InPlaceModule, Part, leaf_dtype
 
-__all__ = ["Patch", "PatchedLinear", "QuantizedBlocks", "QuantizedPart", "check_method", "check_regions", "prepared"]
+__all__ = [
+    "Patch",
+    "PatchedLinear",
+    "QuantizedBlocks",
+    "QuantizedPart",
+    "check_method",
+    "check_regions",
+    "checked",
+    "prepared",
+]
 
 _KNOWN = (TopBlocks, Diagonal, Saved, Tensors)
 _FIX = "take smt, random_blocks, random_rows, random_columns or diablo, or leave quantize out"
@@ -79,6 +88,19 @@ class _Tap(torch.autograd.Function):
         return d_change, None
 
 
+def checked(name: str, layer: QuantizedLinear, base: Tensor, stands_for: Tensor) -> Tensor:
+    """`base`, what was quantized to `layer`'s weight, where and as what `stands_for`, the weight's values, is.
+    ThriftyError where it is something else."""
+    base = base.to(device=stands_for.device, dtype=stands_for.dtype)
+    known = layer.base_sha256
+    far = known is None and bool((base - stands_for).norm() > _FAR * base.norm())
+    if far or known not in (None, fingerprint(base)):
+        raise ThriftyError(
+            f"{name}: the folder that the model was loaded from does not hold what was quantized: was it replaced?"
+        )
+    return base
+
+
 class QuantizedPart(Part):
     """Blocks of a quantized weight. What in-place parts write into `W` is written into the layer's patch."""
 
@@ -88,14 +110,8 @@ class QuantizedPart(Part):
         """`base`: the whole weight before it was quantized. ThriftyError where it is not."""
         self.module, self.attribute, self.name, self.region = module, "weight", name, region
         stands_for = dequantized(module.weight)
-        base = base.to(device=stands_for.device, dtype=stands_for.dtype)
+        base = checked(name, module, base, stands_for)
         self.fingerprint = fingerprint(base)
-        known = module.base_sha256
-        far = known is None and bool((base - stands_for).norm() > _FAR * base.norm())
-        if far or known not in (None, self.fingerprint):
-            raise ThriftyError(
-                f"{name}: the folder that the model was loaded from does not hold what was quantized: was it replaced?"
-            )
         self.original: Tensor = region.gather(base)
         self.in_leaf, self.dirty, self.stamp, self.kept, self.held = False, False, 0, None, None
         module.__class__ = PatchedLinear
