@@ -216,6 +216,23 @@ def test_training_delta_and_plain_checkpoint_agree(folder: Path, form: str, tmp_
     torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_that_read_one_input_keep_one_strip_of_it(folder: Path) -> None:
+    method = {"random_blocks": {"block_size": 8, "scope": "per_matrix"}}
+    alone = attach(load(folder, "int8"), method, budget=0.1)
+    train(alone, 1)  # who shares is seen in a first step
+    layers = alone.model.model.layers[0]
+    strips = [getattr(layers.self_attn, n).patch.beside.member.strips for n in ("q_proj", "k_proj", "v_proj")]
+    strips += [getattr(layers.mlp, n).patch.beside.member.strips for n in ("gate_proj", "up_proj")]
+    assert len({id(one) for one in strips[:3]}) == len({id(one) for one in strips[3:]}) == 1
+    shared = train(alone, 3)
+    apart = attach(load(folder, "int8"), method, budget=0.1)
+    for module in apart.model.modules():
+        if isinstance(module, PatchedLinear):
+            module.patch.beside.shares = False
+    train(apart, 1)
+    assert shared == pytest.approx(train(apart, 3), rel=1e-5)
+
+
 def test_state_goes_on_where_it_stopped(folder: Path) -> None:
     whole = attach(load(folder, "int8"), METHODS["smt"], budget=0.1, batches=BATCHES)
     train(whole, 2)

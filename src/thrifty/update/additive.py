@@ -7,6 +7,7 @@ made: forward and backward multiply block by block, and backward keeps the input
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..core.region import Blocks
 from ..kernels.region_grad import Layout, region_grad
 from ..kernels.region_product import RegionProduct
-from .strips import Member, take_plain
+from .strips import Member, Strips, take, take_plain
 
 __all__ = ["Additive"]
 
@@ -26,23 +27,27 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, blocks: Additive, dtype: torch.dtype) -> Tensor:
+        ways = blocks.ways()
         with torch.autocast(x.device.type, enabled=False):
-            strip_TU = take_plain(x, blocks.strips, dtype=dtype)
-            z_TO = blocks.forth(strip_TU, packed.to(dtype), width=blocks.outputs)
+            if blocks.shares and not torch.compiler.is_compiling():
+                strip_TU = take(x, blocks.member, dtype=dtype)
+            else:
+                strip_TU = take_plain(x, ways.strips, dtype=dtype)
+            z_TO = ways.forth(strip_TU, packed.to(dtype), width=blocks.outputs)
         ctx.save_for_backward(strip_TU if ctx.needs_input_grad[1] else None, packed)
-        ctx.blocks, ctx.x_shape, ctx.x_dtype = blocks, x.shape, x.dtype
+        ctx.blocks, ctx.ways, ctx.x_shape, ctx.x_dtype = blocks, ways, x.shape, x.dtype
         return z_TO.view(*x.shape[:-1], blocks.outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         strip_TU, packed = ctx.saved_tensors
-        blocks, dz_TO = ctx.blocks, dz.reshape(-1, dz.shape[-1])
+        blocks, ways, dz_TO = ctx.blocks, ctx.ways, dz.reshape(-1, dz.shape[-1])
         dx = d_packed = None
         with torch.autocast(dz.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                columns = blocks.strips.columns
-                dx_TU = blocks.back(dz_TO, packed.to(dz.dtype), width=len(columns))
+                columns = ways.strips.columns
+                dx_TU = ways.back(dz_TO, packed.to(dz.dtype), width=len(columns))
                 if len(columns) == ctx.x_shape[-1]:
                     dx = dx_TU
                 else:
@@ -51,21 +56,39 @@ class _Add(torch.autograd.Function):
                 dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 left, right = (strip_TU, dz_TO) if blocks.transposed else (dz_TO, strip_TU)
-                d_packed = region_grad(left, right, blocks.layout, dtype=packed.dtype).view(packed.shape)
+                d_packed = region_grad(left, right, ways.layout, dtype=packed.dtype).view(packed.shape)
         return dx, d_packed, None, None
 
 
-class Additive:
-    """The blocks `region` beside a weight of stored `shape`. `transposed`: stored `[in, out]`."""
+@dataclass(frozen=True)
+class _Ways:
+    """The products of one region in terms of the strip that it takes."""
 
-    def __init__(self, region: Blocks, shape: Sequence[int], *, transposed: bool) -> None:
-        member = Member(region, shape, transposed=transposed)
-        assert isinstance(member.layout, Layout)
-        self.strips, self.layout, self.transposed = member.strips, member.layout, transposed
+    strips: Strips
+    layout: Layout
+    forth: RegionProduct
+    back: RegionProduct
+
+
+class Additive:
+    """The blocks `region` beside a weight of stored `shape`. `transposed`: stored `[in, out]`. `shares`: layers that
+    read the same input keep one strip of it, as those trained in place do (`strips.py`)."""
+
+    def __init__(self, region: Blocks, shape: Sequence[int], *, transposed: bool, shares: bool = False) -> None:
+        self.member = Member(region, shape, transposed=transposed)
+        self.transposed, self.shares = transposed, shares
         self.outputs = int(shape[1] if transposed else shape[0])
-        groups = member.layout.groups
-        self.forth = RegionProduct(groups, to_rows=not transposed)
-        self.back = RegionProduct(groups, to_rows=transposed)
+        self._ways: _Ways | None = None
+
+    def ways(self) -> _Ways:
+        """Made anew where the strip has become a wider one."""
+        if self._ways is None or self._ways.strips is not self.member.strips:
+            layout = self.member.layout
+            assert isinstance(layout, Layout)
+            forth = RegionProduct(layout.groups, to_rows=not self.transposed)
+            back = RegionProduct(layout.groups, to_rows=self.transposed)
+            self._ways = _Ways(self.member.strips, layout, forth, back)
+        return self._ways
 
     def __call__(self, x: Tensor, packed: Tensor, *, dtype: torch.dtype) -> Tensor:
         """What the packed values `packed` (any floating dtype) add to the layer's output for `x` `[..., I]`: `[..., O]`

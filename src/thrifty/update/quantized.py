@@ -52,7 +52,7 @@ class Patch(nn.Module):
     def __init__(self, region: Blocks, shape: Sequence[int], *, values: Tensor, quantized: Tensor) -> None:
         super().__init__()
         self.region = region
-        self.beside = Additive(region, shape, transposed=False)
+        self.beside = Additive(region, shape, transposed=False, shares=True)
         self.register_buffer("quantized", quantized, persistent=False)
         self.register_buffer("values", values.detach().view(quantized.shape), persistent=False)
 
@@ -120,6 +120,10 @@ class QuantizedPart(Part):
         module.register_parameter(LEAF_PREFIX + self.attribute, nn.Parameter(leaf))
         module.__class__ = QuantizedBlocks
         self.arm()
+
+    def arm(self) -> None:
+        super().arm()
+        self.patch.beside.member.enlist()
 
     @property
     def patch(self) -> Patch:
