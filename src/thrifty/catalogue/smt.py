@@ -49,8 +49,7 @@ def smt(
     `reselect_every: 100` (not in the paper) probes the same batches again every 100 steps: blocks that stay carry their
     values and moments, blocks that leave keep what they learned, and the result holds all that was ever trained.
 
-    When not to use it: without labelled batches to probe (take random_blocks), or where a model's weights are
-    quantized.
+    When not to use it: without labelled batches to probe (take random_blocks).
     """
     select = TopBlocks(
         score=score,

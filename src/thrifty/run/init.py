@@ -25,6 +25,7 @@ _KEYS: tuple[tuple[tuple[str, Any, str], ...], ...] = (
         ("model", "", "smollm2-135m (embedded), a folder, or a hub id of a causal language model"),
         ("tokenizer", None, "null: the model's own; otherwise what `model` takes"),
         ("dtype", "float32", "what the weights are held in: float32, bfloat16 or float16"),
+        ("quantize", None, "int8, int4 or nf4: the base's linear layers; what is trained stays in dtype"),
         ("trust_remote_code", False, "true runs Python code that comes with the model"),
         ("add_tokens", None, "new tokens, such as ['<tool>']: their rows are trained too, on top of the budget"),
     ),

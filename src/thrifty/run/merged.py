@@ -23,7 +23,7 @@ from thrifty.delta.delta import is_applied
 from thrifty.delta.files import AnyPiece
 
 from .export import _refuse_used
-from .model import resolve
+from .model import resolve, warn_unquantized
 
 __all__ = ["Checkpoint", "merge_checkpoint", "read_json", "unmerge_checkpoint"]
 
@@ -109,6 +109,7 @@ def merge_checkpoint(
         piece.write_(tensor)
         return tensor
 
+    warn_unquantized(delta)
     return _rewrite(delta, base_folder, output, trained, dtype=dtype)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "load_tokenizer",
     "refuse_deltas",
     "resolve",
+    "warn_unquantized",
 ]
 
 # an embedded name, a folder or a hub id; or `{"base": one of these, "deltas": [folders]}`
@@ -147,9 +148,14 @@ def _applied(delta: Delta, model: PreTrainedModel, *, as_plain: bool = False) ->
     """`model` with `delta` in it: a PreTrainedModel, or PEFT's wrapper of a quantized one."""
     if quantized_as(model) is not None:
         return apply_quantized(delta, model, as_plain=as_plain)
+    warn_unquantized(delta)
+    return delta.apply(model)
+
+
+def warn_unquantized(delta: Delta) -> None:
+    """Where `delta` was trained on a quantized base, and meets one that is not."""
     if (form := delta.info.get("quantize")) is not None:
         _log.warning("the delta was trained on a base quantized to %s: on this one its answers differ a little", form)
-    return delta.apply(model)
 
 
 def _load_base(spec: str, *, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
