@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -115,14 +116,26 @@ def _fits(form: str, module: nn.Linear) -> bool:
 
 def _makers() -> Mapping[str, Callable[[Tensor], Tensor]]:
     """Form -> what makes a quantized tensor of a weight that fits."""
-    from torchao.quantization import Int8Tensor, to_nf4
-    from torchao.quantization.granularity import PerRow
+    with _quiet():
+        from torchao.quantization import Int8Tensor, to_nf4
+        from torchao.quantization.granularity import PerRow
 
     def nf4(weight: Tensor) -> Tensor:
         made: Tensor = to_nf4(weight.contiguous(), _BLOCK, math.gcd(weight.numel() // _BLOCK, 256))
         return made
 
     return {"int8": lambda weight: Int8Tensor.from_hp(weight, PerRow()), "int4": _int4, "nf4": nf4}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While torchao is imported: it warns of each CUDA library that does not load on a CPU."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _int4(weight: Tensor) -> Tensor:
