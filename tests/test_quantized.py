@@ -91,7 +91,7 @@ def train(tuning: Any, steps: int = 3) -> list[float]:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_layer_has_the_gradients_of_the_matrix_it_stands_for(form: str) -> None:
     torch.manual_seed(0)
-    dtype = torch.float64 if form == "nf4" else torch.float32
+    dtype = torch.float32 if form == "int8" else torch.float64
     layer = nn.Linear(192, 48, dtype=dtype)
     model = nn.Sequential(layer)
     assert quantize(model, form) == 1
@@ -128,6 +128,28 @@ def test_a_quantized_weight_is_as_small_as_its_name_says(form: str, bits: int) -
     assert error < (0.01 if bits == 8 else 0.12)
 
 
+def test_int4_is_within_half_a_step_of_each_number() -> None:
+    layer = nn.Linear(96, 5, bias=False)
+    layer.weight.data[1] = 0.25  # a constant group
+    before = layer.weight.detach().clone()
+    quantize(nn.Sequential(layer), "int4")
+    groups = before.view(5, 3, 32)
+    steps = (groups.amax(-1) - groups.amin(-1)) / 15
+    error = (dequantized(layer.weight).view(5, 3, 32) - groups).abs().amax(-1)
+    assert bool((error <= 0.501 * steps + 1e-6).all())
+
+
+def test_a_packed_kernel_says_itself_what_it_stands_for() -> None:
+    from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+
+    torch.manual_seed(0)
+    weight = torch.randn(32, 1088)  # more columns than rows of the identity at a time
+    packed = Int4OpaqueTensor.from_hp(weight, [1, 32])
+    x = torch.randn(3, 1088)
+    expected = nn.functional.linear(x, packed)
+    torch.testing.assert_close(x @ dequantized(packed).t(), expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", METHODS)
 def test_blocks_have_the_gradients_of_a_dense_model_with_originals_in_them(folder: Path, form: str, name: str) -> None:
@@ -154,8 +176,9 @@ def test_blocks_have_the_gradients_of_a_dense_model_with_originals_in_them(folde
         torch.testing.assert_close(leaf.grad, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-7)
 
 
-def test_in_float64_gradients_agree_to_rounding(folder: Path) -> None:
-    model, twin = load(folder, "nf4", torch.float64), load(folder, None, torch.float64)
+@pytest.mark.parametrize("form", ["int4", "nf4"])
+def test_in_float64_gradients_agree_to_rounding(folder: Path, form: str) -> None:
+    model, twin = load(folder, form, torch.float64), load(folder, None, torch.float64)
     tuning = attach(model, METHODS["smt"], budget=0.05, batches=BATCHES)
     for n, p in twin.named_parameters():
         if n in tuning.plan:
@@ -216,6 +239,24 @@ def test_training_delta_and_plain_checkpoint_agree(folder: Path, form: str, tmp_
     torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_lora_on_the_same_base(folder: Path, form: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    method = {"peft": {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}}
+    tuning = attach(load(folder, form), method)
+    losses = train(tuning, 9)
+    assert losses[-3] < losses[0]
+    tuning.delta().save(tmp_path / "delta")
+    trained = logits(tuning.finish())
+    delta = Delta.load(tmp_path / "delta")
+    torch.testing.assert_close(logits(apply_quantized(delta, load(folder, form))), trained, rtol=1e-5, atol=1e-5)
+    merged = apply_quantized(delta, load(folder, form), as_plain=True)
+    assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ThriftyError, match="init"):
+        attach(load(folder, form), {"peft": {**method["peft"], "init_lora_weights": "pissa"}})
+
+
 def test_layers_that_read_one_input_keep_one_strip_of_it(folder: Path) -> None:
     method = {"random_blocks": {"block_size": 8, "scope": "per_matrix"}}
     alone = attach(load(folder, "int8"), method, budget=0.1)
@@ -250,8 +291,9 @@ def test_bfloat16_keeps_small_steps(folder: Path) -> None:
     assert piece.dtype == torch.bfloat16
 
 
-def test_autocast_computes_in_its_dtype(folder: Path) -> None:
-    tuning = attach(load(folder, "int8"), METHODS["smt"], budget=0.1, batches=BATCHES)
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_computes_in_its_dtype(folder: Path, form: str) -> None:
+    tuning = attach(load(folder, form), METHODS["smt"], budget=0.1, batches=BATCHES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert tuning.model.model.layers[0].mlp.up_proj(torch.randn(2, 64)).dtype == torch.bfloat16
         tuning.model(**BATCHES[0]).loss.backward()

@@ -115,7 +115,7 @@ def test_validate_and_estimate_count_packed_weights(folder: Path) -> None:
     [
         ({"method": "full", "budget": None}, "full' reads or trains more of a weight"),
         ({"method": {"smt": {"reselect_every": 3}}}, "changes its plan"),
-        ({"quantize": "int4"}, "fits int4"),
+        ({"quantize": "int4", "model": {"base": "missing", "deltas": ["x"]}}, "thrifty export"),
         ({"load_in_8bit": True}, "quantize: int8"),
         ({"load_in_4bit": True}, "quantize: nf4"),
         ({"quantize": "int3"}, "quantize"),

@@ -50,7 +50,6 @@ def measure(form: str, name: str) -> dict[str, Any]:
     batch = {"input_ids": torch.randint(3, 40000, (4, 128), generator=torch.Generator().manual_seed(0))}
     batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["input_ids"].clone()}
     if form != "none":  # torchao is no part of the model
-        import torchao.prototype.quantization.int4.int4_opaque_tensor
         import torchao.quantization  # noqa: F401
     if name == "LoRA":
         import peft  # noqa: F401

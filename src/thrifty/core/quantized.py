@@ -2,7 +2,8 @@
 
 A weight that torchao quantized is a tensor of a class of its own, with the shape and the dtype of what it stands for.
 Its kernels differ: some have no gradient (`_weight_int4pack_mm_for_cpu`), others keep a dequantized copy of each weight
-for backward. Here forward is the kernel, and backward makes the values again, one matrix at a time.
+for backward. Here forward is the kernel, and backward makes the values again, one matrix at a time. `Int4Tensor` has
+no kernel but on some GPUs: its values are made in forward too.
 """
 
 from __future__ import annotations
@@ -24,14 +25,31 @@ def is_quantized(tensor: Tensor) -> bool:
     return any(kind.__module__.partition(".")[0] == "torchao" for kind in type(tensor).__mro__)
 
 
+def _is_int4(tensor: Tensor) -> bool:
+    return type(tensor).__name__ == "Int4Tensor"
+
+
+def _unpacked(tensor: Any) -> Tensor:
+    """The values of torchao's `Int4Tensor`: two codes of -8 to 7 in a byte, the first in its low half; times the scale,
+    plus the zero, of their group of inputs `[groups, out]`."""
+    pairs = tensor.qdata.view(torch.uint8)
+    codes = (torch.stack([pairs & 15, pairs >> 4], dim=-1).view(torch.int8) ^ 8) - 8
+    scale, zero = tensor.scale.t(), tensor.zero_point.t()
+    groups = codes.view(*scale.shape, -1).to(scale.dtype)
+    return groups.mul_(scale[:, :, None]).add_(zero[:, :, None]).view(tensor.shape)
+
+
 @torch.no_grad()
 def dequantized(tensor: Tensor) -> Tensor:
     """The matrix `[out, in]` that a quantized `tensor` stands for, in its dtype; any other tensor as it is."""
     tensor = tensor.detach()
     if not is_quantized(tensor):
         return tensor
-    if hasattr(tensor, "get_original_weight"):  # NF4
-        values: Tensor = tensor.get_original_weight()
+    values: Tensor
+    if _is_int4(tensor):
+        values = _unpacked(tensor)
+    elif hasattr(tensor, "get_original_weight"):  # NF4
+        values = tensor.get_original_weight()
     elif type(tensor).dequantize is not Tensor.dequantize:
         values = tensor.dequantize()
     else:  # packed for a kernel: its product with the identity
@@ -60,7 +78,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, weight.detach(), None if bias is None else bias.detach().to(x.dtype))
+            held = dequantized(weight).to(x.dtype) if _is_int4(weight) else weight.detach()
+            y = F.linear(x, held, None if bias is None else bias.detach().to(x.dtype))
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         ctx.weight = weight  # frozen, so that it need not be among what is saved
         return y

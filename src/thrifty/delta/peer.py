@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ThriftyError
 from ..core.files import new_folder
+from ..core.quantized import QuantizedLinear, quantized_as
 from .delta import APPLIED, Delta, _parameters
 from .digest import fingerprint
 from .files import FORMAT, JSON, refuse_other
@@ -28,7 +27,7 @@ from .files import FORMAT, JSON, refuse_other
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["PeerDelta", "logit_difference", "merge", "unmerged"]
+__all__ = ["PeerDelta", "beside_quantized", "logit_difference", "merge"]
 
 _log = logging.getLogger("thrifty")
 _ADAPTER = "adapter"
@@ -50,12 +49,13 @@ def logit_difference(before: Tensor, after: Tensor) -> float:
     return float((before - after).abs().max())
 
 
-@contextmanager
-def unmerged() -> Iterator[None]:
-    """While PEFT wraps a model: no advice on how to merge into a quantized base, which is not done here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
-        yield
+def beside_quantized(config: Any) -> None:
+    """Have PEFT put its plain LoRA layer around a `QuantizedLinear`: its own for torchao knows int8 alone, and what it
+    adds, merging into the quantized weight, is not done here."""
+    if hasattr(config, "_register_custom_module"):
+        from peft.tuners.lora.layer import Linear
+
+        config._register_custom_module({QuantizedLinear: Linear})
 
 
 def merge(peft_model: Any) -> tuple[nn.Module, float]:
@@ -102,8 +102,9 @@ class PeerDelta(Delta):
         from peft import PeftModel, set_peft_model_state_dict
 
         assert self.config is not None
-        with unmerged():
-            wrapped = PeftModel(model, self.config)
+        if quantized_as(model) is not None:
+            beside_quantized(self.config)
+        wrapped = PeftModel(model, self.config)
         set_peft_model_state_dict(wrapped, dict(self.state))
         return wrapped
 

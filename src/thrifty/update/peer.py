@@ -19,7 +19,7 @@ from ..core.plan import Plan
 from ..core.quantized import QuantizedLinear, dequantized, give_gradients, is_quantized
 from ..core.region import Whole
 from ..delta import fingerprint
-from ..delta.peer import PeerDelta, merge, unmerged
+from ..delta.peer import PeerDelta, beside_quantized, merge
 from .sharded import copy_whole, let_go, whole
 
 __all__ = ["NO_NEW_TOKENS", "PeerTuning", "PeftAdapter", "attach_peer", "may_rewrite_base"]
@@ -90,6 +90,8 @@ def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed
     layers = give_gradients(model)
     base = {name: _fingerprint(layers.get(name), p) for name, p in model.named_parameters()}
     config = adapter.build()
+    if layers:
+        beside_quantized(config)
     if layers and may_rewrite_base(config):
         raise ThriftyError(
             "this PEFT configuration changes base weights when it starts, which a quantized base does not take: leave "
@@ -97,7 +99,7 @@ def attach_peer(model: nn.Module, method: Method, *, budget: Budget | None, seed
         )
     kept = {n: p.detach().clone() for n, p in model.named_parameters()} if may_rewrite_base(config) else {}
     try:
-        with torch.random.fork_rng(), unmerged():
+        with torch.random.fork_rng():
             torch.manual_seed(seed)
             wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
         tuning = PeerTuning(wrapped, model, method, config=config, total=total, base=base, required=required)

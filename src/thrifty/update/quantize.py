@@ -67,8 +67,8 @@ def check_quantize(model: nn.Module, form: str) -> list[nn.Linear]:
             f"quantize: {name} has no torch.nn.Linear beside its head, and torchao quantizes no other layer (GPT-2's "
             "Conv1D is none): leave quantize out"
         )
-    if form != "nf4" and any(module.weight.dtype not in _DTYPES for module in linears):
-        raise ThriftyError(f"quantize: {form} is made of float32, bfloat16 or float16: set dtype")
+    if form == "int8" and any(module.weight.dtype not in _DTYPES for module in linears):
+        raise ThriftyError("quantize: int8 is made of float32, bfloat16 or float16: set dtype")
     fitting = [module for module in linears if _fits(form, module)]
     if not fitting:
         raise ThriftyError(
@@ -110,7 +110,7 @@ def _group(columns: int) -> int:
 def _fits(form: str, module: nn.Linear) -> bool:
     rows, columns = module.weight.shape
     if form == "int4":
-        return _group(columns) > 0 and rows % 16 == 0
+        return _group(columns) > 0
     return form == "int8" or rows * columns % _BLOCK == 0
 
 
@@ -139,16 +139,20 @@ def _quiet() -> Iterator[None]:
 
 
 def _int4(weight: Tensor) -> Tensor:
-    """In the form of the kernel of the weight's device."""
-    sizes, made = [1, _group(weight.shape[1])], weight
-    if weight.device.type == "cpu":
-        from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+    """torchao's `Int4Tensor`, which torchao itself makes on CUDA alone: 16 values from the least to the largest number
+    of each group, to the nearest of which each is rounded."""
+    from torchao.quantization import Int4Tensor
 
-        made = Int4OpaqueTensor.from_hp(weight, sizes)
-    else:
-        from torchao.quantization import Int4TilePackedTo4dTensor
-
-        made = Int4TilePackedTo4dTensor.from_hp(weight, sizes)
+    rows, columns = weight.shape
+    group = _group(columns)
+    values = weight.reshape(rows, -1, group)
+    least = values.amin(-1)
+    scale = ((values.amax(-1) - least) / 15).clamp_min(torch.finfo(weight.dtype).tiny)
+    zero = least + 8 * scale
+    codes = ((values - zero[:, :, None]) / scale[:, :, None]).round_().clamp_(-8, 7).to(torch.int8).view(rows, -1, 2)
+    packed = (codes[:, :, 0] & 15) | (codes[:, :, 1] << 4)
+    scale, zero = scale.t().contiguous(), zero.t().contiguous()
+    made: Tensor = Int4Tensor(packed, scale, zero, block_size=[1, group], shape=weight.shape)
     return made
 
 
