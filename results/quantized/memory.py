@@ -3,7 +3,7 @@
     python results/quantized/memory.py     # writes results/quantized/memory.json and the table of docs/results
 
 Each cell is a process of its own; bytes only, no seconds. One thread, float32, 4 rows of 128 tokens, SMT (`scope:
-per_matrix`) or LoRA at about 1 %. `resident`: private pages of the process that were not there before the model was
+per_matrix`, 1 %) or LoRA (r = 8). `resident`: private pages of the process that were not there before the model was
 loaded; weights are copied first, because the kernel maps them from the checkpoint's file.
 """
 
