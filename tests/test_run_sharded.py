@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import configuration, prepare, start
+from safetensors.torch import load_file, save_file
+from tiny_run import configuration, prepare, save_checkpoint, start, write_rows
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from thrifty.core.errors import ThriftyError
+from thrifty.delta import Delta
+from thrifty.objective.proof import prepare as loss_plan
 from thrifty.run.arguments import training_arguments, with_defaults
 from thrifty.run.checkpoint import checkpoints
 from thrifty.run.config import load_config
@@ -28,7 +32,10 @@ CASES: dict[str, dict[str, Any]] = {
     "tokens": {"add_tokens": ["<a>", "<b>"], "fsdp": "shard_grad_op auto_wrap"},
     "bfloat16": {"dtype": "bfloat16"},
     "lora": {"method": LORA, "budget": None, "eval_steps": 5},
+    "own_head": {"eval_steps": 3},
+    "own_loss": {},
 }
+MODELS = {"own_head": "gemma2", "own_loss": "mixtral"}  # whose loss is not made from the head's weight alone
 
 NEAR = {"bfloat16": 0.02, "axes": 0.005}  # weights, and Muon's orthogonal matrices, are rounded to bfloat16
 
@@ -36,7 +43,10 @@ NEAR = {"bfloat16": 0.02, "axes": 0.005}  # weights, and Muon's orthogonal matri
 def config_of(folder: Path, name: str, *, world: int, fsdp: bool = True, **more: Any) -> dict[str, Any]:
     """A run of `ROWS` rows a step; with several processes in two micro-batches."""
     parts = 1 if world == 1 else 2
+    if name == "own_loss":  # a router loss is one of a whole micro-batch: as many rows in each
+        parts = ROWS // world // 2
     changes = {
+        "model": str(folder / MODELS.get(name, "model")),
         "max_steps": 6,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
@@ -48,6 +58,7 @@ def config_of(folder: Path, name: str, *, world: int, fsdp: bool = True, **more:
         "eval": {"loss": True, "exact_match": 2, "max_new_tokens": 2},
         **({"fsdp": True} if fsdp and world > 1 else {}),
         **({"data": {"train": f"{folder}/train.jsonl", "eval": f"{folder}/other.jsonl"}} if name == "smt" else {}),
+        **({"data": {"train": f"{folder}/even.jsonl", "eval": f"{folder}/eval.jsonl"}} if name == "own_loss" else {}),
         **CASES.get(name, {}),
         **more,
     }
@@ -100,8 +111,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     other = [json.dumps(line | {"completion": "zzz"}) for line in lines]  # what training makes less likely
     (folder / "other.jsonl").write_text("\n".join(other))
+    write_rows(folder / "even.jsonl", rows=3 * ROWS)  # rows that only fill up a step would add a router loss
+    for family in MODELS.values():
+        save_checkpoint(folder / family, family=family)
+    router = MixtralConfig.from_pretrained(folder / "mixtral")
+    router.output_router_logits = True
+    router.save_pretrained(folder / "mixtral")
     for name in [*CASES, "chain"]:
-        train(config_of(folder, name, world=1))
+        model = train(config_of(folder, name, world=1)).model
+        save_file({n: p.detach().clone() for n, p in model.named_parameters()}, folder / f"{name}.safetensors")
     return folder
 
 
@@ -125,6 +143,33 @@ def test_two_and_four_processes_train_what_one_does(folder: Path) -> None:
     for name in ("smt", "full"):
         compare(folder / f"{name}-1", folder / f"{name}-4", near=1e-4)
     compare(folder / "chain-1", folder / "chain", near=1e-4)
+    for name in ("full", "smt", "bfloat16", "own_head"):
+        delta_gives_the_model(folder, name)
+
+
+def delta_gives_the_model(folder: Path, name: str) -> None:
+    """The folder that a sharded run saved, on the base, is the model that one plain process left."""
+    near = NEAR.get(name, 1e-4)
+    dtype = getattr(torch, CASES[name].get("dtype", "float32"))
+    base = AutoModelForCausalLM.from_pretrained(config_of(folder, name, world=1)["model"], dtype=dtype)
+    found = dict(Delta.load(folder / f"{name}-2" / "delta").apply(base).named_parameters())
+    for key, value in load_file(folder / f"{name}.safetensors").items():
+        torch.testing.assert_close(found[key], value, rtol=near, atol=50 * near * float(value.abs().max()), msg=key)
+
+
+def test_the_cases_take_every_path_of_the_loss(folder: Path) -> None:
+    for name in ("smt", *MODELS):
+        model = AutoModelForCausalLM.from_pretrained(config_of(folder, name, world=1)["model"])
+        assert loss_plan(model).path == (name if name in MODELS else "plain_head")
+
+
+def test_one_process_trains_as_without(folder: Path) -> None:
+    """A plain one, and one that torchrun started."""
+    torchrun = config_of(folder, "smt", world=1) | {"fsdp": True, "output_dir": str(folder / "torchrun")}
+    trained_together(1, [torchrun])
+    train(torchrun | {"output_dir": str(folder / "plain")})
+    for how in ("torchrun", "plain"):
+        compare(folder / "smt-1", folder / how, near=1e-6)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
