@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,11 @@ def _rank(rank: int, world: int, port: int, configs: list[dict[str, Any]]) -> No
     torch.distributed.destroy_process_group()
 
 
-def trained_together(world: int, configs: list[dict[str, Any]]) -> None:
+def trained_together(world: int, configs: list[dict[str, Any]], *, rank: Callable[..., None] = _rank) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [start(_rank, rank, world, port, configs) for rank in range(world)]
+    children = [start(rank, number, world, port, configs) for number in range(world)]
     for child in children:
         child.join(300)
     assert [child.exitcode for child in children] == [0] * world

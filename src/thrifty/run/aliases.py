@@ -91,7 +91,7 @@ IN_DATA: dict[str, str] = {
 _HUB = "a run stays on this machine: `thrifty export` writes a checkpoint that `hf upload` takes"
 _VERBS = "the verb decides: `thrifty train` trains, `thrifty eval` evaluates"
 _NO_LOGITS = "evaluation never keeps logits, so that it needs no more memory than training; see eval:"
-_SHARDED = "a run shards by PyTorch's FSDP2 alone: fsdp: true, started with torchrun"
+_SHARDED = "a run shards by fsdp: true (PyTorch's FSDP2) or by deepspeed, started with torchrun"
 _LOSS = "the loss is computed in chunks without a full table of logits, and this option needs that table"
 _LIGER = "Liger's fused loss is taken on CUDA devices where liger-kernel is installed (pip install 'thrifty[liger]')"
 OWNED: dict[str, str] = {
@@ -122,7 +122,7 @@ OWNED: dict[str, str] = {
         ),
         _HUB,
     ),
-    **dict.fromkeys(("deepspeed", "parallelism_config"), _SHARDED),
+    "parallelism_config": _SHARDED,
     "label_smoothing_factor": _LOSS,
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), _LIGER),
     **dict.fromkeys(

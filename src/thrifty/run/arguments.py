@@ -16,6 +16,7 @@ from thrifty.core.errors import ThriftyError, unknown
 from .config import RunConfig
 from .objectives import parse_objective, trl_arguments
 from .sharding import sharding_problems
+from .zero import use_zero, zero_problems
 
 __all__ = ["keeps_best", "schedule_problems", "training_arguments", "with_defaults"]
 
@@ -57,6 +58,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     for name in ("fsdp", "fsdp_config"):
         training.pop(name, None)  # ours: accelerate would shard before the model is attached, and not at all on a CPU
     _check_optimizer(str(training.get("optim", "")))
+    use_zero(training)
     training.pop("load_best_model_at_end", None)  # ours: the stock check wants save_steps to divide eval_steps
     checkpointing = dict(training.pop("activation_checkpointing_kwargs", None) or {})
     if checkpointing.setdefault("use_reentrant", False):
@@ -127,6 +129,7 @@ def schedule_problems(config: RunConfig) -> Iterator[str]:
     if keeps_best(config) and config.training.get("save_strategy", "steps") == "no":
         yield "load_best_model_at_end needs checkpoints: leave out save_strategy=no"
     yield from sharding_problems(config)
+    yield from zero_problems(config)
 
 
 def _trackers(report_to: Any) -> list[str]:

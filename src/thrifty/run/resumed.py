@@ -53,6 +53,7 @@ _FREE = frozenset(
         "dataloader_persistent_workers",
         "fsdp",
         "fsdp_config",
+        "deepspeed",
         "eval",
     }
 )

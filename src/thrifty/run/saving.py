@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from .checkpoint import Checkpoint, remove_old, whole_or_refuse, write_checkpoint
 from .schedule import schedule_state
 from .state import load_optimizer_state, load_scheduler_state, optimizer_state, random_state, set_random_state
+from .zero_state import uncut
 
 if TYPE_CHECKING:
     from .trainer import ThriftyTrainer
@@ -22,7 +23,7 @@ __all__ = ["load_optimizer_and_scheduler", "load_random", "load_running", "note_
 def save_checkpoint(trainer: ThriftyTrainer) -> None:
     """Write `checkpoint-<step>` and remove those that are too many. All processes call it, the main one writes."""
     states = {
-        "optimizer": optimizer_state(trainer.optimizer, trainer.tuning.named_leaves()),
+        "optimizer": optimizer_state(uncut(trainer.optimizer), trainer.tuning.named_leaves()),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "random": gather_object([random_state()]),
         **schedule_state(trainer.tuning),
@@ -81,7 +82,7 @@ def _state_json(state: Any) -> str:
 def load_optimizer_and_scheduler(trainer: ThriftyTrainer, checkpoint: Checkpoint) -> None:
     """Put back what `save_checkpoint` wrote of them."""
     with checkpoint.reading():
-        load_optimizer_state(trainer.optimizer, checkpoint.state("optimizer"), trainer.tuning.named_leaves())
+        load_optimizer_state(uncut(trainer.optimizer), checkpoint.state("optimizer"), trainer.tuning.named_leaves())
         load_scheduler_state(trainer.lr_scheduler, checkpoint.state("scheduler"))
         if trainer.accelerator.scaler is not None:
             trainer.accelerator.scaler.load_state_dict(checkpoint.state("scaler"))

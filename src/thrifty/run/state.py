@@ -28,6 +28,8 @@ __all__ = [
     "set_random_state",
 ]
 
+_OF_GROUPS = {"base_lrs", "_last_lr", "lr_lambdas"}  # of a scheduler's state: one for each group of parameters
+
 
 # Tensors of few bits that an optimizer keeps -> their module, so that nothing else is imported for a checkpoint.
 _FEW_BITS = {f"OptimState{kind}": f"torchao.optim.subclass_{kind.lower()}" for kind in ("4bit", "8bit", "Fp8")}
@@ -125,7 +127,9 @@ def load_optimizer_state(
     names = _names(optimizer, leaves)
     number = {name: index for index, name in enumerate(names)}
     groups, first = [], 0
-    for saved, current in zip(state["param_groups"], optimizer.param_groups, strict=True):
+    filled = iter([group for group in state["param_groups"] if group["params"]])  # DeepSpeed drops the others
+    for current in optimizer.param_groups:
+        saved = next(filled) if current["params"] else current
         here = names[first : first + len(current["params"])]
         if other := sorted(set(here) ^ set(saved["params"])):
             raise ThriftyError(
@@ -144,7 +148,9 @@ def load_optimizer_state(
 
 def load_scheduler_state(scheduler: Any, state: Mapping[str, Any]) -> None:
     """Put a scheduler's state back; where the run was given more steps, the next one has the new schedule's rate."""
-    scheduler.load_state_dict(state)
+    groups = len(scheduler.optimizer.param_groups)  # each with the rate of the others
+    each = {key: (state[key] * groups)[:groups] for key in _OF_GROUPS & state.keys()}
+    scheduler.load_state_dict({**state, **each})
     if isinstance(scheduler, LambdaLR):
         pairs = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
         scheduler._last_lr = [base * at(scheduler.last_epoch) for at, base in pairs]

@@ -53,6 +53,7 @@ from .sharding import parse_sharding, shard, takes_sharded
 from .stop import Stop
 from .summary import delta_info, describe_data, make_summary, print_result
 from .trainer import Row, ThriftyTrainer
+from .zero_trainer import ZeroTrainer
 
 __all__ = ["Run", "run_training", "train", "train_rows"]
 
@@ -275,7 +276,8 @@ def _trainer(
         return preference_trainer(
             objective, args=args, rows=rows.judged, tokenizer=tokenizer, skips=config.nonfinite == "skip", **shared
         )
-    return ThriftyTrainer(
+    kind = ZeroTrainer if args.deepspeed else ThriftyTrainer
+    return kind(
         args=args,
         rows=rows.train,
         eval_rows=rows.eval,
