@@ -53,9 +53,7 @@ class Guards(TrainerCallback):
         self.trainer.finite.before_step()
         if self.trainer.finite.skipping:
             return
-        if (
-            self.trainer.is_deepspeed_enabled
-        ):  # it has stepped already, except on what is not finite, and keeps no gradient
+        if self.trainer.is_deepspeed_enabled:  # its engine has stepped already, and keeps no gradient
             norm = self.trainer.finite.norm
             self.had_gradient = norm is None or norm > 0
             return
