@@ -50,22 +50,28 @@ def _rank(rank: int, world: int, port: int, configs: list[dict[str, Any]]) -> No
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ extension is compiled first
-    stages, unwrap = list[int](), ZeroTrainer.unwrap
+    trainers, prepare_one = list[ZeroTrainer](), ZeroTrainer._prepare_for_training
 
-    def noted(trainer: ZeroTrainer) -> None:
-        stages.append(trainer.deepspeed.zero_optimization_stage())
+    def noted(trainer: ZeroTrainer, *arguments: Any) -> Any:
+        trainers.append(trainer)
+        prepared = prepare_one(trainer, *arguments)
         mine = sum(part.numel() for part in trainer.optimizer.optimizer.single_partition_of_fp32_groups)
         assert mine < 0.6 * sum(leaf.numel() for leaf in trainer.tuning.parameters())
-        unwrap(trainer)
+        return prepared
 
-    ZeroTrainer.unwrap = noted  # type: ignore[method-assign]
-    for config in configs:
+    ZeroTrainer._prepare_for_training = noted  # type: ignore[method-assign]
+    *whole, lost = configs
+    for config in whole:
         run = train(config)
         assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
         base = AutoModelForCausalLM.from_pretrained(config["model"], dtype=config.get("dtype", "float32"))
         for name, value in run.delta.apply(base).named_parameters():
             torch.testing.assert_close(run.model.get_parameter(name), value)
+    with pytest.raises(ThriftyError, match=r"at step 2, in rows .*no value was changed by it"):
+        train(lost)
+    assert all(bool(leaf.isfinite().all()) for leaf in trainers[-1].tuning.parameters())
     asked = [config["deepspeed"]["zero_optimization"]["stage"] for config in configs if "deepspeed" in config]
+    stages = [trainer.deepspeed.zero_optimization_stage() for trainer in trainers]
     assert stages == [stage for stage in asked if stage > 0]  # 0 is DDP
     torch.distributed.destroy_process_group()
 
@@ -83,7 +89,8 @@ def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.M
     train(run_of(folder, "chain", world=1, **chain | {"max_steps": 3}))
     on = [run_of(folder, "chain", world=2, **chain | {"max_steps": steps}) for steps in (5, 8)]
     fsdp = config_of(folder, "chain", world=2, **chain | {"max_steps": 10})
-    trained_together(2, [*(run_of(folder, name, world=2) for name in CASES), *on, fsdp], rank=_rank)
+    lost = run_of(folder, "lost", world=2, learning_rate=1e30)
+    trained_together(2, [*(run_of(folder, name, world=2) for name in CASES), *on, fsdp, lost], rank=_rank)
     assert train(run_of(folder, "chain", world=1, **chain)).summary["steps"] == STEPS
     for name in CASES:
         compare(folder / f"{name}-1", folder / f"{name}-2", near=NEAR.get(name, 1e-4))

@@ -44,7 +44,7 @@ _REFUSED = {
 }
 _LAUNCHER = {
     "ACCELERATE_USE_FSDP": "write fsdp: true into the run file, and leave FSDP out of accelerate's configuration",
-    "ACCELERATE_USE_DEEPSPEED": "leave DeepSpeed out of accelerate's configuration; fsdp: true shards the model",
+    "ACCELERATE_USE_DEEPSPEED": "write deepspeed into the run file, and leave it out of accelerate's configuration",
 }
 
 
