@@ -21,6 +21,7 @@ from thrifty.update.quantize import quantize as quantize_weights
 
 from .embedded import EMBEDDED, embedded_folder, no_progress_bars
 from .loading import streaming
+from .model_folder import check_config, check_tensors
 
 __all__ = [
     "ModelName",
@@ -46,7 +47,6 @@ _DTYPES: dict[str, torch.dtype | str] = {
     "float16": torch.float16,
     "auto": "auto",
 }
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def base_and_deltas(spec: ModelName) -> tuple[str, list[str]]:
@@ -162,8 +162,8 @@ def _load_base(spec: str, *, dtype: str | torch.dtype, trust_remote_code: bool) 
     source = resolve(spec)
     local = Path(source).is_dir()
     if local:
-        _check_config(Path(source))
-        _check_weights(Path(source))
+        check_config(Path(source))
+        check_tensors(Path(source))
     held = _DTYPES.get(str(dtype), dtype)
     try:
         with no_progress_bars() if local else contextlib.nullcontext(), streaming(held):
@@ -194,7 +194,7 @@ def empty_model(spec: ModelName, *, dtype: str = "float32", trust_remote_code: b
     base, deltas = base_and_deltas(spec)
     source = resolve(base)
     if Path(source).is_dir():
-        _check_config(Path(source))
+        check_config(Path(source))
     for folder in deltas:
         delta_folder(folder)
     try:
@@ -213,7 +213,7 @@ def check_weights(spec: ModelName) -> None:
     """ThriftyError where the folder of `spec`'s base holds no weights that can be loaded."""
     source = resolve(base_and_deltas(spec)[0])
     if Path(source).is_dir():
-        _check_weights(Path(source))
+        check_tensors(Path(source))
 
 
 def load_tokenizer(spec: ModelName, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -253,29 +253,6 @@ def apply_delta(
     if delta.new_tokens is not None:
         delta.new_tokens.extend(tokenizer)
     return _applied(delta, model, as_plain=as_plain)
-
-
-def _check_config(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; did you mean {str(folder / inner[0])!r}?" if inner else ""
-        if (folder / "adapter_config.json").is_file():
-            hint = ": it is a PEFT adapter; set model to its base"
-        elif (folder / "delta.json").is_file():
-            hint = ": it is a delta; set model to its base"
-        raise ThriftyError(f"model folder {str(folder)!r} has no config.json{hint}")
-
-
-def _check_weights(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise ThriftyError(
-            f"model folder {str(folder)!r} holds its weights as a pickle ({pickles[0]}), which can run any code and is "
-            "never loaded: convert it to safetensors (save_pretrained in the environment that made it)"
-        )
-    raise ThriftyError(f"model folder {str(folder)!r} has no *.safetensors")
 
 
 def _not_loaded(kind: str, spec: str, source: str, error: Exception) -> ThriftyError:
