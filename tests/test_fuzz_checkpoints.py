@@ -34,7 +34,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
     folder = prepare(tmp_path_factory.mktemp("fuzzed"))
     trainers: list[ThriftyTrainer] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("thrifty.run.train._finish", lambda tuning, trainer: trainers.append(trainer) or trainer.model)
+        patch.setattr(
+            "thrifty.run.train.finished", lambda tuning, trainer, **_: trainers.append(trainer) or trainer.model
+        )
         patch.setattr("thrifty.run.evaluate.exact_match", None, raising=False)
         train(configuration(folder, max_steps=2, eval={"loss": False}))
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
