@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from thrifty.predict.fit import fit_job, largest, largest_batch, parse_bytes, st
 from thrifty.predict.hardware import Hardware, find_hardware, hardware_names, save_hardware
 from thrifty.predict.heap import Heap
 from thrifty.predict.job import Job
+from thrifty.predict.skeleton import build, weight_bytes
 
 BLOCKS = {"random_blocks": {"scope": "per_matrix", "block_size": 8}}
 
@@ -81,6 +83,14 @@ def test_weights_that_do_not_fit_are_told_without_a_step(monkeypatch: pytest.Mon
     monkeypatch.setattr("thrifty.predict.fit.estimate_job", None)
     found = fit_job(one, device, 1e9 * device.framework_gb)
     assert (found.rows, found.length, found.budget) == (None, None, None)
+
+
+def test_quantized_weights_are_counted_as_they_will_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = find_hardware("l4")
+    monkeypatch.setattr("thrifty.predict.fit.estimate_job", lambda job, hardware: SimpleNamespace(peak_bytes=0))
+    limit = 1e9 * device.framework_gb + weight_bytes(build(job())) - 1
+    assert fit_job(job(), device, limit).rows is None
+    assert fit_job(job(quantize="int8"), device, limit).rows is not None
 
 
 def test_steps_within_hours_and_money() -> None:

@@ -173,6 +173,15 @@ def test_one_process_trains_as_without(folder: Path) -> None:
         compare(folder / "smt-1", folder / how, near=1e-6)
 
 
+def refused(changes: dict[str, Any], said: str) -> None:
+    """A run file with `changes` is refused in one line that holds `said`."""
+    config = with_defaults(load_config({"model": "m", "method": "smt", "data": {"train": "x.jsonl"}, **changes}))
+    with pytest.raises(ThriftyError) as caught:
+        training_arguments(config)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"fsdp": "full_shart"}, "fsdp: unknown word 'full_shart'; did you mean 'full_shard'"),
     ({"fsdp_config": {"version": 2}}, "fsdp_config: it needs fsdp: true"),
@@ -188,11 +197,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED)
 def test_what_cannot_be_had_is_refused_in_one_line(changes: dict[str, Any], said: str) -> None:
-    config = with_defaults(load_config({"model": "m", "method": "smt", "data": {"train": "x.jsonl"}, **changes}))
-    with pytest.raises(ThriftyError) as caught:
-        training_arguments(config)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    refused(changes, said)
 
 
 def test_accelerates_own_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def fit_job(job: Job, hardware: Hardware, memory_bytes: float) -> Fit:
     """What fits into `memory_bytes`: rows of a micro-batch, tokens of a row (in steps of 8), the budget (in steps of
     0.1 % of the model, for methods that spend one), and how few layers have to run again in backward. Where the weights
     alone do not, no step is traced."""
-    if weight_bytes(build(job)) + 1e9 * hardware.framework_gb > memory_bytes:
+    if weight_bytes(build(job), quantize=job.quantize) + 1e9 * hardware.framework_gb > memory_bytes:
         return Fit(memory_bytes=memory_bytes, rows=None, length=None, budget=None, checkpoint_layers=None)
 
     def of_length(units: int) -> float:
