@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -97,13 +98,22 @@ class SmtModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    @cached_property
+    def _originals(self) -> Originals | None:
+        """The weights before they were quantized; None where they cannot be read, which is said once."""
+        try:
+            return Originals(self.model)
+        except ThriftyError as error:
+            _log.warning("blocks of quantized weights start from quantized values (%s)", error)
+            return None
+
     def _original(self, layer: SmtLinear, name: str) -> Tensor | None:
         """What a quantized weight was before; None for one that is not, or where that cannot be read."""
         base = layer.get_base_layer()
-        if not isinstance(base, QuantizedLinear):
+        if not isinstance(base, QuantizedLinear) or self._originals is None:
             return None
         try:
-            read = Originals(self.model)[name]
+            read = self._originals[name]
         except ThriftyError as error:
             _log.warning("%s: its blocks start from quantized values (%s)", name, error)
             return None
