@@ -198,14 +198,14 @@ def test_too_little_memory_is_one_line(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's address space")
 def test_a_process_with_too_little_memory_says_what_fits(folder: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "1+1=", "completion": "2" * 40}] * 4096
+    rows = [{"prompt": "1+1=", "completion": "2" * 120}] * 4096
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     limited = """if True:
         import resource, sys
         import psutil
         from thrifty.cli.main import main
         import thrifty.run.train, transformers.models.llama.modeling_llama
-        limit = psutil.Process().memory_info().vms + 200 * 2**20
+        limit = psutil.Process().memory_info().vms + 300 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         sys.exit(main(sys.argv[1:]))
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,7 +36,16 @@ def memory_errors(config: RunConfig) -> Iterator[None]:
         ours = isinstance(error, MemoryError | torch.OutOfMemoryError) or _ALLOCATOR.search(str(error))
         if not ours:
             raise
+        _let_go(error)
         raise ThriftyError(f"out of memory{_asked(str(error))}: {_advice(config)}") from error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Frees what the frames of `error` hold, the model and its step's activations: the advice needs memory too, and a
+    tokenizer, which is not written in Python, aborts or hangs where it gets none."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _asked(said: str) -> str:
@@ -49,7 +59,7 @@ def _advice(config: RunConfig) -> str:
     try:
         hardware = _this_device()
         return _what_fits(job_of(config), hardware, hardware.memory_bytes)
-    except (ThriftyError, MemoryError, RuntimeError):  # the advice must not hide what happened
+    except Exception:  # also of a library that cannot be loaded any more: the advice must not hide what happened
         return _needs_less(int(config.training.get("per_device_train_batch_size", 8)))
 
 
