@@ -144,6 +144,10 @@ def test_a_finished_study_makes_nothing_and_takes_a_method_more(folder: Path) ->
     (folder / "mine.yaml").write_text(yaml.safe_dump(more))
     done = compare(folder, "mine.yaml", "--threads", "1", "--workers", "2", "--only", "blocks")
     assert done.returncode == 0, done.stderr
+    kept = folder / "studies/mine/study.yaml"
+    assert yaml.safe_load(kept.read_text()) == more
+    assert yaml.safe_load((folder / "studies/mine/study.yaml.bak").read_text()) == STUDY
+    assert "studies/mine/study.yaml.bak" in done.stdout
     new = {p.name for p in (folder / "studies/mine/runs").glob("*.json")} - set(times)
     assert new == {
         "search-sums-blocks-5pct-1e-2.json",
@@ -171,7 +175,9 @@ def test_mistakes_are_said_in_one_line(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("ROWS", str(folder))
+    kept = (folder / "studies/mine/study.yaml").read_text()
     assert main(["compare", *words]) == 2
+    assert (folder / "studies/mine/study.yaml").read_text() == kept
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
     assert said in error

@@ -63,14 +63,12 @@ def run_study(
     check(study)
     folder = Path(study.output_dir)
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
-    kept = folder / "study.yaml"
-    if study.file is None or not kept.exists() or not kept.samefile(study.file):
-        write_text(kept, study.text)
     if retry_failed:
         for name, record in read_records(folder).items():
             if record.failed:
                 (folder / RUNS / f"{name}.json").unlink()
     _refuse_changes(study, folder)
+    _keep_text(study, folder / "study.yaml", say)
     main = threading.current_thread() is threading.main_thread()  # no other may set what signals do
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if main}
     try:
@@ -83,6 +81,18 @@ def run_study(
         for number, handler in before.items():
             signal.signal(number, handler)
     return not ready(study, read_records(folder))
+
+
+def _keep_text(study: Study, kept: Path, say: Callable[[str], None]) -> None:
+    """The study as it is run, in its folder. One that says something else is set aside: it may be a user's own file."""
+    if kept.exists():
+        if study.file is not None and kept.samefile(study.file):
+            return
+        if kept.read_text(encoding="utf-8") != study.text:
+            before = kept.with_name(f"{kept.name}.bak")
+            kept.replace(before)
+            say(f"study: {kept} said something else; it is now {before}")
+    write_text(kept, study.text)
 
 
 def _maker(folder: Path, *, workers: int | None, threads: int | None, ray: str | None) -> Maker:
