@@ -119,7 +119,7 @@ def test_a_step_goes_equally_far_along_all_directions_of_the_momentum(momentum: 
     """Against the polar factor in float64. Newton-Schulz leaves singular values between .6 and 1.3 or so."""
     tuning = attached(build("llama", layers=1), r=5, target_modules=["gate_proj"])
     (leaf,) = tuning.parameters()
-    optimizer = Muon(momentum=momentum, nesterov=False).optimizer(
+    optimizer = Muon(momentum=momentum, nesterov=False, size="spectral").optimizer(
         tuning.named_leaves(), learning_rate=0.02, weight_decay=0.0
     )
     moment = torch.zeros(5, 5, dtype=torch.float64)
@@ -145,14 +145,12 @@ def test_a_run_takes_the_methods_optimizer_unless_it_names_one(tmp_path: Path) -
         assert state in (tmp_path / folder / "checkpoint-1" / "optimizer.json").read_text(encoding="utf-8")
 
 
-def test_muon_refuses_what_is_no_matrix() -> None:
+def test_a_peer_and_a_method_without_steps_of_its_own_take_adamw() -> None:
     tuning = attach(build("llama", layers=1), {"random_blocks": {"block_size": 8}}, budget=0.05)
-    with pytest.raises(ThriftyError, match=r"Muon moves matrices, but what is trained of .* has shape \(\d+, 8, 8\)"):
-        Muon().optimizer(tuning.named_leaves(), learning_rate=0.02, weight_decay=0.0)
     assert isinstance(tuning, Tuning)
     assert isinstance(tuning.optimizer(learning_rate=0.1), torch.optim.AdamW)
     cores = attached(build("llama", layers=1), r=2)
-    assert isinstance(cores.optimizer(learning_rate=0.1), torch.optim.Muon)
+    assert not isinstance(cores.optimizer(learning_rate=0.1), torch.optim.AdamW)
     cores.finish()
     pytest.importorskip("peft")
     peer = attach(cores.model, {"peft": {"r": 2}})

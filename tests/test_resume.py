@@ -61,6 +61,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient_axes": ("llama", {"method": "gradient_axes", "dtype": "bfloat16", "save_steps": 3, "weight_decay": 0.1}),
     "grouped": ("llama", {"train_sampling_strategy": "group_by_length", "save_steps": 2}),
     "packed": ("gpt2", {"packing": True, "per_device_train_batch_size": 2, "save_steps": 2, "eval_steps": 4}),
+    "columns by muon": ("llama", {"method": {"smt": {"block_size": "column"}}, "optim": "muon", "save_steps": 3}),
+    "lora by muon": ("llama", {"method": LORA, "budget": None, "optim": "muon", "save_steps": 3}),
     "lora": ("llama", {"method": LORA, "budget": None, "save_steps": 3}),
 }
 

@@ -41,4 +41,5 @@ def gradient_axes(
     without labelled batches to probe.
     """
     select = GradientAxes(r=r, target_modules=target_modules, layers=layers)
-    return Method(name="gradient_axes", parts=(Part(select=select, update=InPlace()),), steps=Muon())
+    steps = Muon(momentum=0.9, size="spectral")
+    return Method(name="gradient_axes", parts=(Part(select=select, update=InPlace()),), steps=steps)

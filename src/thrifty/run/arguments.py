@@ -12,16 +12,20 @@ import torch
 from transformers import TrainingArguments
 
 from thrifty.core.errors import ThriftyError, unknown
+from thrifty.core.method import Method, Steps
+from thrifty.optim import Muon
 
 from .config import RunConfig
 from .objectives import parse_objective, trl_arguments
 from .sharding import sharding_problems
 from .zero import use_zero, zero_problems
 
-__all__ = ["keeps_best", "schedule_problems", "training_arguments", "with_defaults"]
+__all__ = ["keeps_best", "schedule_problems", "steps_of", "training_arguments", "with_defaults"]
 
 # Where the stock default does not suit a fine-tuning of a few hundred steps.
 _DEFAULTS = {"logging_steps": 10, "logging_first_step": True, "save_steps": 100}
+
+_MUON = "muon"  # an `optim` that transformers does not have
 
 _TRACKERS = ("tensorboard", "trackio")
 
@@ -58,6 +62,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     for name in ("fsdp", "fsdp_config"):
         training.pop(name, None)  # ours: accelerate would shard before the model is attached, and not at all on a CPU
     _check_optimizer(str(training.get("optim", "")))
+    if training.get("optim") == _MUON:
+        del training["optim"]  # ours
     use_zero(training)
     training.pop("load_best_model_at_end", None)  # ours: the stock check wants save_steps to divide eval_steps
     checkpointing = dict(training.pop("activation_checkpointing_kwargs", None) or {})
@@ -100,6 +106,13 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             "-m thrifty train ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
     return args
+
+
+def steps_of(config: RunConfig, method: Method) -> Steps | None:
+    """The optimizer that thrifty makes: the one that the run names, else the method's. None for transformers' own."""
+    if "optim" in config.training:
+        return Muon() if config.training["optim"] == _MUON else None
+    return method.steps
 
 
 def _check_optimizer(name: str) -> None:

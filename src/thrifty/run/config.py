@@ -119,9 +119,11 @@ def load_config(
 def training_fields() -> dict[str, Any]:
     """The fields of transformers.TrainingArguments that may be set, and their types."""
     from transformers import TrainingArguments
+    from transformers.training_args import OptimizerNames
 
     ours = {item.name for item in dataclasses.fields(RunConfig)}
     fields = {item.name: item.type for item in dataclasses.fields(TrainingArguments) if item.init}
     fields |= {"fsdp": bool | str | None, "fsdp_config": dict[str, Any] | None}  # transformers types the first as text
+    fields["optim"] = Literal["muon"] | OptimizerNames  # ours, and transformers'
     fields["train_sampling_strategy"] = Literal["random", "sequential", "group_by_length"]
     return {name: kind for name, kind in fields.items() if name not in ours and name not in OWNED}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from thrifty.core.budget import Budget
 from thrifty.core.errors import ThriftyError
-from thrifty.core.method import parse_method
+from thrifty.core.method import Method, parse_method
 from thrifty.data import pack
 from thrifty.predict.cost import Estimate, estimate_job
 from thrifty.predict.hardware import Hardware, find_hardware
@@ -22,6 +22,7 @@ from thrifty.predict.job import DTYPES, Job
 from thrifty.predict.skeleton import build
 from thrifty.select.targets import targets
 
+from .arguments import steps_of
 from .config import RunConfig, load_config
 from .embedded import EMBEDDED, cache_folder
 from .model import base_and_deltas, load_tokenizer, resolve
@@ -101,15 +102,20 @@ def job_of(config: RunConfig, *, read: tuple[list[int], float] | None = None) ->
         autocast=None if autocast is None else DTYPES[autocast],
         checkpointing=bool(checkpointing),
         checkpoint_layers=config.checkpoint_layers,
-        optimizer=str(
-            given.get("optim") or (type(method.steps).__name__ if method.steps else "adamw_torch_fused")
-        ).lower(),
+        optimizer=_optimizer(config, method),
         probe_rows=config.probe_rows,
         probe_units=config.probe_units,
         trust_remote_code=config.trust_remote_code,
         notes=tuple(_notes(config, has_rows=bool(lengths))),
         **shape,
     )
+
+
+def _optimizer(config: RunConfig, method: Method) -> str:
+    """Its name, as the estimator knows it."""
+    steps = steps_of(config, method)
+    named = config.training.get("optim") or "adamw_torch_fused"
+    return (str(named) if steps is None else type(steps).__name__).lower()
 
 
 def _notes(config: RunConfig, *, has_rows: bool) -> list[str]:

@@ -26,7 +26,7 @@ from thrifty.objective.proof import prepare
 from thrifty.update.peer import PeerTuning
 from thrifty.update.tuning import Tuning, attach_with
 
-from .arguments import keeps_best, training_arguments, with_defaults
+from .arguments import keeps_best, steps_of, training_arguments, with_defaults
 from .checkpoint import Checkpoint, claim, find_checkpoint
 from .checkpointing import switch_on_checkpointing
 from .config import RunConfig, load_config
@@ -246,10 +246,12 @@ def train_rows(
 def _own_optimizer(
     config: RunConfig, args: TrainingArguments, tuning: Tuning | PeerTuning
 ) -> torch.optim.Optimizer | None:
-    """The method's, where it has one and the run does not name another by `optim`; None for what `args` say."""
-    if tuning.method.steps is None or "optim" in config.training:
+    """Thrifty's own, where the run or the method asks for it; None for what `args` say."""
+    steps = steps_of(config, tuning.method)
+    if steps is None:
         return None
-    return tuning.optimizer(learning_rate=args.learning_rate, weight_decay=args.weight_decay)
+    leaves = tuning.named_leaves()
+    return steps.optimizer(leaves, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
 
 
 def _put_loss(model: PreTrainedModel, rows: Sequence[Row], *, collator: Callable[..., Any], seed: int) -> None:

@@ -81,7 +81,8 @@ def zero_problems(config: RunConfig) -> Iterator[str]:
         yield f"deepspeed: method {method.name!r} changes what is trained while it trains: leave out deepspeed (DDP)"
     if method.steps is not None and "optim" not in training:
         yield f"deepspeed: method {method.name!r} has steps of its own, which ZeRO would cut up: fsdp: true"
-    if (optim := str(training.get("optim", _ELEMENTWISE[0]))) not in _ELEMENTWISE and optim in list(OptimizerNames):
+    optim = str(training.get("optim", _ELEMENTWISE[0]))
+    if optim not in _ELEMENTWISE and optim in ("muon", *OptimizerNames):
         yield f"deepspeed: optim {optim!r} looks at whole tensors, which ZeRO cuts up: {', '.join(_ELEMENTWISE)}"
     if parse_objective(config.objective).uses_trl:
         yield "deepspeed: TRL's objectives are untested with it: leave out deepspeed (DDP)"

@@ -1,0 +1,95 @@
+"""Muon over leaves of every form, against PyTorch's, which takes matrices only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import configuration, prepare
+from torch import Tensor, nn
+
+from thrifty.core.errors import ThriftyError
+from thrifty.optim import Muon
+from thrifty.run.train import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("muon"))
+
+
+def moved(optimizer: torch.optim.Optimizer, leaf: nn.Parameter, gradients: list[Tensor]) -> Tensor:
+    """`leaf` after a step with each gradient."""
+    for gradient in gradients:
+        leaf.grad = gradient.clone().view_as(leaf)
+        optimizer.step()
+    return leaf.detach().clone()
+
+
+@given(
+    height=st.integers(1, 24),
+    width=st.integers(1, 24),
+    steps=st.integers(1, 3),
+    size=st.sampled_from(["spectral", "rms"]),
+    nesterov=st.booleans(),
+    decay=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_a_matrix_moves_as_by_pytorchs_muon(
+    height: int, width: int, steps: int, size: Any, nesterov: bool, decay: float, seed: int
+) -> None:
+    """PyTorch rounds Newton-Schulz to bfloat16, which its rounds amplify: 5 % of the step's own size."""
+    torch.manual_seed(seed)
+    start = torch.randn(height, width)
+    gradients = [torch.randn(height, width) for _ in range(steps)]
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    rule = Muon(momentum=0.9, nesterov=nesterov, size=size)
+    mine = moved(rule.optimizer({"w": ours}, learning_rate=0.1, weight_decay=decay), ours, gradients)
+    twin = torch.optim.Muon(
+        [theirs],
+        lr=0.1,
+        weight_decay=decay,
+        momentum=0.9,
+        nesterov=nesterov,
+        adjust_lr_fn="original" if size == "spectral" else "match_rms_adamw",
+    )
+    right = moved(twin, theirs, gradients)
+    assert (mine - right).norm() <= 0.05 * (right - start).norm() + 1e-6
+
+
+def test_each_block_is_a_matrix_and_columns_of_one_weight_are_one_together() -> None:
+    torch.manual_seed(0)
+    blocks, columns = torch.randn(5, 8, 4), torch.randn(6, 16, 1)
+    for packed, matrices in ((blocks, list(blocks)), (columns, [columns.squeeze(2)])):
+        leaf, alone = nn.Parameter(torch.zeros_like(packed)), [nn.Parameter(torch.zeros_like(m)) for m in matrices]
+        together = moved(Muon().optimizer({"w": leaf}, learning_rate=1.0, weight_decay=0.0), leaf, [packed] * 2)
+        apart = [
+            moved(Muon().optimizer({"w": p}, learning_rate=1.0, weight_decay=0.0), p, [m] * 2)
+            for p, m in zip(alone, matrices)
+        ]
+        assert torch.allclose(together.flatten(), torch.stack(apart).flatten(), atol=1e-6)
+        values = torch.linalg.svdvals(apart[0])
+        assert 0.5 < values.min() / values.max() <= 1
+
+
+def test_the_rate_is_five_times_the_mean_size_of_a_step() -> None:
+    torch.manual_seed(0)
+    leaf = nn.Parameter(torch.zeros(40, 64, 1))
+    step = moved(Muon().optimizer({"w": leaf}, learning_rate=0.01, weight_decay=0.0), leaf, [torch.randn(40, 64)])
+    assert 0.7 * 0.002 < step.square().mean().sqrt() < 1.2 * 0.002
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    leaf = nn.Parameter(torch.ones(3, 4, 4))
+    still = moved(Muon().optimizer({"w": leaf}, learning_rate=1.0, weight_decay=0.0), leaf, [torch.zeros(3, 4, 4)])
+    assert torch.equal(still, torch.ones(3, 4, 4))
+
+
+def test_what_is_no_matrix_is_refused(folder: Path, tmp_path: Path) -> None:
+    method = {"random_entries": {}}
+    with pytest.raises(ThriftyError, match=r"Muon moves matrices, but what is trained of .* has shape \(\d+,\)"):
+        train(configuration(folder, method=method, optim="muon", output_dir=str(tmp_path)))
