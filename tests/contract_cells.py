@@ -78,6 +78,7 @@ METHODS = {
     "random_columns": Row(method="random_columns", budget=0.02),
     "random_entries": Row(method="random_entries", budget=0.02, entries=True),
     "magnitude": Row(method={"magnitude": {"scope": "per_kind"}}, budget=0.02, entries=True),
+    "muon_columns": Row(method="muon_columns", budget=0.02, probes=True),
     "lift": Row(method={"lift": {"rank": 4}}, budget=0.05, entries=True),
     "loki": Row(method="loki", budget=0.05, probes=True),
     "senszo_mask": Row(method="senszo_mask", budget=0.02, probes=True, entries=True),

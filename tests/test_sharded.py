@@ -27,6 +27,7 @@ METHODS: dict[str, Any] = {
     "gps": "gps",
     "rows": [{"select": {"blocks": {"block_size": "row", "target_modules": ["embed_tokens"]}}}],
     "axes": "gradient_axes",
+    "columns": "muon_columns",
     "full": "full",
     "pairs": [{"select": {"weights": {"target_modules": ["q_proj"]}}, "update": {"low_rank": {"r": 2}}}],
 }

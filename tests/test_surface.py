@@ -41,6 +41,7 @@ METHODS = [
     "locft_bf",
     "loki",
     "magnitude",
+    "muon_columns",
     "peft",
     "random_blocks",
     "random_columns",
