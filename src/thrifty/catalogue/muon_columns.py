@@ -31,13 +31,11 @@ def muon_columns(
     """Train, in place, the whole columns of each matrix whose gradients are largest, those of a matrix as one by Muon.
 
     W[:, columns] is a tall matrix; each step moves it equally far along all its directions, where AdamW treats each
-    number alone and spends its steps on the few directions with large gradients. Columns are what lets that be: square
-    blocks lie apart. Backward keeps the chosen inputs only. One state per number, where AdamW has two. The learning
-    rate is five times the root mean square of a step's numbers, so AdamW's carry over; a run that gives `optim` takes
-    that optimizer.
+    number alone. Its gradient is one dense product, dy^T x[:, columns], and backward keeps the chosen inputs only. One
+    state per number, where AdamW has two. The learning rate is five times the root mean square of a step's numbers, so
+    AdamW's carry over; a run that gives `optim` takes that optimizer. Evidence: docs/results/leads.md and plateau.md.
 
-    When not to use it: without labelled batches to probe (take random_columns with `optim: muon`), or under a budget
-    of a few columns for each matrix (docs/results/muon.md).
+    When not to use it: without labelled batches to probe (take random_columns with `optim: muon`).
     """
     select = TopBlocks(score=score, scope=scope, block_size="column", target_modules=target_modules, layers=layers)
     return Method(name="muon_columns", parts=(Part(select=select, update=InPlace()),), steps=Muon())
