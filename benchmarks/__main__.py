@@ -48,7 +48,7 @@ def main() -> None:
     for name in chosen:
         if name not in SUITES:
             parser.error(f"unknown suite {name!r} (known: {', '.join([*_GROUPS, *SUITES])})")
-        if name in ("snips", "gsm8k", "memory") and not os.environ.get("DATA"):
+        if name in ("snips", "gsm8k", "memory", "study") and not os.environ.get("DATA"):
             print(f"{name} is left out: set DATA to the folder of snips_train.jsonl and gsm8k_train.jsonl", flush=True)
             continue
         records[name] = _run(name, args)

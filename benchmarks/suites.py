@@ -123,6 +123,35 @@ def gsm8k(*, rounds: int) -> list[Group]:
     return [{"name": "training on gsm8k", "rounds": rounds, "specs": [smt, other]} for other in others]
 
 
+def study(*, rounds: int) -> list[Group]:
+    """What the methods of docs/results take for a step, beside LoRA at 1 %; four at a time, for want of memory.
+
+    Ranks are those that the studies' budgets buy. results/cost.py takes the names apart: `method budget`.
+    """
+
+    def one(name: str, method: Any, budget: str | None = None, **more: Any) -> Spec:
+        return _train(name, "thrifty", "snips", method=method, budget=budget, **more)
+
+    def lora(rank: int, **more: Any) -> dict[str, Any]:
+        return {"peft": {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, **more}}
+
+    reference, block = one("lora 1%", lora(4)), {"smt": {"scope": "per_matrix"}}
+    groups = [
+        [
+            one("smt_per_matrix 1%", block, "1%"),
+            one("smt_per_matrix 8%", block, "8%"),
+            one("muon_columns 8%", "muon_columns", "8%"),
+        ],
+        [one("lora 8%", lora(35)), one("dora 1%", lora(4, use_dora=True)), one("full own", "full")],
+        [
+            one("shira 1%", {"peft": {"peft_type": "SHIRA", "r": 4}}),
+            one("random_blocks 1%", {"random_blocks": {"scope": "global"}}, "1%"),
+            one("lift 1%", "lift", "1%"),
+        ],
+    ]
+    return [{"name": f"study {i}", "rounds": rounds, "specs": [reference, *specs]} for i, specs in enumerate(groups, 1)]
+
+
 def kept(*, rounds: int) -> list[Group]:
     """What the tuned layers keep for backward."""
     specs = [_STRIP_FIRST, _peer("LoRA r16", "smollm2", peft_type="LORA", r=16, lora_alpha=32)]
@@ -172,6 +201,7 @@ SUITES: Mapping[str, Callable[[], list[Group]]] = {
     "probe": lambda: probe(rounds=3),
     "snips": lambda: snips(rounds=5),
     "gsm8k": lambda: gsm8k(rounds=4),
+    "study": lambda: study(rounds=9),
     "kept": lambda: kept(rounds=1),
     "memory": lambda: memory(rounds=1),
     "llama": lambda: other_shape("llama", rounds=25),
