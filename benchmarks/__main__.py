@@ -57,16 +57,17 @@ def main() -> None:
 
 def _run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     machine, start, groups = describe(threads=args.threads), time.time(), []
+    record: dict[str, Any] = {}
+    args.out.mkdir(parents=True, exist_ok=True)
     print(f"{name}: {len(SUITES[name]())} groups", file=sys.stderr, flush=True)
     for group in SUITES[name]():
         specs = [spec | {"threads": args.threads} for spec in group["specs"]]
         results = measure(specs, rounds=args.rounds or group["rounds"])
         groups.append({"name": group["name"], "results": results})
         print(group_table(groups[-1]), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    seconds = round(time.time() - start)
-    record = {"suite": name, "seconds": seconds, "machine": machine, "groups": groups}
-    (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        seconds = round(time.time() - start)
+        record = {"suite": name, "seconds": seconds, "machine": machine, "groups": groups}
+        (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")  # what is over is kept
     print(_made(record), flush=True)
     return record
 

@@ -17,7 +17,7 @@ __all__ = ["muon_columns"]
 @method(
     family="block-sparse",
     paper="thrifty's own; gradients choose as in SMT, arXiv 2405.15525, and Muon is Jordan's 2024",
-    learning_rate=5e-3,
+    learning_rate=2.5e-3,
     cost="12 bytes per trained number; forward as the base model; backward dy W + one product of the chosen columns",
     needs_probe=True,
 )
