@@ -42,7 +42,7 @@ def moved(optimizer: torch.optim.Optimizer, leaf: nn.Parameter, gradients: list[
 def test_a_matrix_moves_as_by_pytorchs_muon(
     height: int, width: int, steps: int, size: Any, nesterov: bool, decay: float, seed: int
 ) -> None:
-    """PyTorch rounds Newton-Schulz to bfloat16, which its rounds amplify: 5 % of the step's own size."""
+    """PyTorch rounds Newton-Schulz to bfloat16, which its rounds amplify: 5 % of how far the steps go."""
     torch.manual_seed(seed)
     start = torch.randn(height, width)
     gradients = [torch.randn(height, width) for _ in range(steps)]
@@ -58,7 +58,8 @@ def test_a_matrix_moves_as_by_pytorchs_muon(
         adjust_lr_fn="original" if size == "spectral" else "match_rms_adamw",
     )
     right = moved(twin, theirs, gradients)
-    assert (mine - right).norm() <= 0.05 * (right - start).norm() + 1e-6
+    factor = max(1.0, height / width) ** 0.5 if size == "spectral" else 0.2 * max(height, width) ** 0.5
+    assert (mine - right).norm() <= 0.05 * steps * 0.1 * factor * min(height, width) ** 0.5
 
 
 def test_each_block_is_a_matrix_and_columns_of_one_weight_are_one_together() -> None:
