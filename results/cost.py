@@ -65,8 +65,9 @@ def row(name: str, runs: dict[int, dict[str, Any]], base: dict[int, dict[str, An
     assert own is not None
     steps = None if reached is None else reached / own
     words.append("never" if steps is None else f"{steps:.2f}")
-    if name in costs:
-        (middle, low, high), memory = costs[name]
+    same = name.replace("_half", "")  # half the rate: the same steps
+    if same in costs:
+        (middle, low, high), memory = costs[same]
         words += [
             f"{middle:.2f} ({low:.2f}-{high:.2f})",
             "never" if steps is None else f"{steps * middle:.2f}",
