@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import configuration, prepare
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ def twin(start: Tensor, gradients: list[Tensor], *, size: str, nesterov: bool, d
     return value
 
 
+@settings(max_examples=100, deadline=None)
 @given(
     height=st.integers(1, 24),
     width=st.integers(1, 24),
@@ -113,3 +114,8 @@ def test_what_is_no_matrix_is_refused(folder: Path, tmp_path: Path) -> None:
     method = {"random_entries": {}}
     with pytest.raises(ThriftyError, match=r"Muon moves matrices, but what is trained of .* has shape \(\d+,\)"):
         train(configuration(folder, method=method, optim="muon", output_dir=str(tmp_path)))
+
+
+def test_a_name_that_is_nearly_muon_is_corrected(folder: Path) -> None:
+    with pytest.raises(ThriftyError, match=r"optim must be 'muon' or one of adamw_torch, .*; did you mean 'muon'"):
+        train(configuration(folder, optim="moun"))

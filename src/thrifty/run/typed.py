@@ -41,6 +41,7 @@ def typed(value: Any, annotation: Any) -> Any:
     hint = ""
     if enums and isinstance(value, str):
         names = [str(member.value) for member in enums[0]]
+        names += [str(a) for option in options if typing.get_origin(option) is Literal for a in typing.get_args(option)]
         close = nearest(value, names)
         hint = f"; did you mean {close!r}?" if close else ""
     if isinstance(value, str) and set(options) & {bool} and value.lower() in ("yes", "no", "on", "off"):
