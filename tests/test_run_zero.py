@@ -123,6 +123,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (zero(2) | {"nonfinite": "skip"}, "nonfinite=skip: DeepSpeed takes its step before"),
     (zero(2) | {"method": "lisa", "budget": None}, "method 'lisa' changes what is trained"),
     (zero(2) | {"method": "gradient_axes"}, "method 'gradient_axes' has steps of its own, which ZeRO would cut up"),
+    (zero(2) | {"optim": "muon"}, "optim 'muon' looks at whole tensors, which ZeRO cuts up: adamw_torch"),
     (zero(2) | {"optim": "adafactor"}, "optim 'adafactor' looks at whole tensors, which ZeRO cuts up: adamw_torch"),
 ]
 

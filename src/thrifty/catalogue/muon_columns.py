@@ -35,7 +35,8 @@ def muon_columns(
     state per number, where AdamW has two. The learning rate is five times the root mean square of a step's numbers, so
     AdamW's carry over; a run that gives `optim` takes that optimizer. Evidence: docs/results/leads.md and plateau.md.
 
-    When not to use it: without labelled batches to probe (take random_columns with `optim: muon`).
+    When not to use it: where the model must keep what it knew (it forgot twice as much as LoRA of the same size), or
+    without labelled batches to probe (take random_columns with `optim: muon`).
     """
     select = TopBlocks(score=score, scope=scope, block_size="column", target_modules=target_modules, layers=layers)
     return Method(name="muon_columns", parts=(Part(select=select, update=InPlace()),), steps=Muon())

@@ -25,9 +25,8 @@ class Muon:
     Each leaf of two axes is a matrix, and so is each block of a leaf of blocks. Whole columns of one weight are one
     matrix together, and so are whole rows.
 
-    size: what the learning rate is. `spectral`: a step's spectral norm (for a matrix with more rows than columns times
-        sqrt(rows / columns)). `rms`: five times the root mean square of a step's numbers (Liu et al., equation 4), so
-        that AdamW's rates carry over.
+    size: what the learning rate is. `spectral`: a step's spectral norm. `rms`: five times the root mean square of a
+        step's numbers (Liu et al., equation 4), so that AdamW's rates carry over.
     """
 
     momentum: float = 0.95
@@ -77,11 +76,7 @@ class _Muon(torch.optim.Optimizer):
         moment = state["momentum_buffer"].lerp_(gradient, 1 - self.muon.momentum)
         moved = gradient.lerp(moment, self.muon.momentum) if self.muon.nesterov else moment
         matrices_NHW = _matrices(moved)
-        height, width = matrices_NHW.shape[1:]
-        if self.muon.size == "rms":
-            factor = 0.2 * max(height, width) ** 0.5
-        else:
-            factor = max(1.0, height / width) ** 0.5
+        factor = 0.2 * max(matrices_NHW.shape[1:]) ** 0.5 if self.muon.size == "rms" else 1.0
         return _orthogonal(matrices_NHW).view_as(leaf).to(leaf.dtype) * factor
 
 
