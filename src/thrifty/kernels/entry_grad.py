@@ -15,7 +15,7 @@ __all__ = ["EntryLayout", "entry_grad_dense"]
 
 _CHUNK = 2**20  # numbers of the dense product that exist at a time
 # Sampling an entry costs as much as this many numbers of a dense product: it is bound by memory, a product is not.
-_SAMPLE_COST = 48
+_SAMPLE_COST = 96
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class EntryLayout:
         wide = torch.promote_types(dy_TO.dtype, torch.float32)
         total = dy_TO.new_zeros(self.numbers, dtype=wide)
         for dy, x in zip(dy_TO.split(tokens), x_TU.split(tokens), strict=True):
-            total += (dy.index_select(1, rows).to(wide) * x.index_select(1, slots)).sum(0)
+            # widened before they are picked: CPUs pick bfloat16 numbers at a fifth of float32's speed
+            total += (dy.to(wide).index_select(1, rows) * x.to(wide).index_select(1, slots)).sum(0)
         return total.to(dtype)
 
 
