@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["EntryLayout", "entry_grad_dense"]
 
 _CHUNK = 2**20  # numbers of the dense product that exist at a time
-# Sampling an entry costs as much as this many numbers of a dense product: it is bound by memory, a product is not.
+# Picking an entry costs as much as this many numbers of a dense product (float32 on one core; some 60 in bfloat16).
 _SAMPLE_COST = 96
 
 
