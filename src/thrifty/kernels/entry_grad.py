@@ -74,7 +74,7 @@ class EntryLayout:
 
 
 def _picked(matrix: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """Columns in `dtype`; more than there are of them are picked after the change: CPUs pick bfloat16 numbers slowly."""
+    """Columns in `dtype`. Where more are picked than there are, all change first: CPUs pick bfloat16 numbers slowly."""
     if len(places) > matrix.shape[1]:
         return matrix.to(dtype).index_select(1, places)
     return matrix.index_select(1, places).to(dtype)
