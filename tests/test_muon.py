@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_run import configuration, prepare
 from torch import Tensor, nn
 
+from thrifty import attach
 from thrifty.core.errors import ThriftyError
 from thrifty.optim import Muon
 from thrifty.run.train import train
@@ -95,6 +97,24 @@ def test_each_block_is_a_matrix_and_columns_of_one_weight_are_one_together() -> 
         assert torch.allclose(together.flatten(), torch.stack(apart).flatten(), atol=1e-6)
         values = torch.linalg.svdvals(apart[0])
         assert 0.5 < values.min() / values.max() <= 1
+
+
+def test_blocks_cut_at_the_edge_are_matrices_of_their_own_size() -> None:
+    """Of 10 x 20 in thirds: two blocks of 4 x 7, one of 2 x 6; also after a deep copy."""
+    torch.manual_seed(0)
+    tuning = copy.deepcopy(attach(nn.Sequential(nn.Linear(20, 10, bias=False)), {"diablo": {"blocks": 3}}))
+    region, (leaf,) = tuning.plan["0.weight"], tuning.parameters()
+    gradient, offset = torch.randn(10, 20), torch.zeros(10, 20)
+    optimizer = Muon().optimizer(tuning.named_leaves(), learning_rate=1.0, weight_decay=0.0)
+    region.scatter_(offset, moved(optimizer, leaf, [region.gather(gradient)]))
+    for rows, columns in (
+        (slice(0, 4), slice(0, 7)),
+        (slice(4, 8), slice(7, 14)),
+        (slice(8, 10), slice(14, 20)),
+    ):
+        alone = nn.Parameter(torch.zeros_like(gradient[rows, columns]))
+        moved(Muon().optimizer({"w": alone}, learning_rate=1.0, weight_decay=0.0), alone, [gradient[rows, columns]])
+        assert torch.allclose(offset[rows, columns], alone, atol=1e-6)
 
 
 def test_the_rate_is_five_times_the_mean_size_of_a_step() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ class Muon:
     M = momentum M + (1 - momentum) G the nearest orthogonal matrix, by five Newton-Schulz rounds. One state per number,
     where AdamW has two.
 
-    Each leaf of two axes is a matrix, and so is each block of a leaf of blocks. Whole columns of one weight are one
-    matrix together, and so are whole rows.
+    Each leaf of two axes is a matrix, and so is each block of a leaf of blocks, where their size does not divide the
+    weight (a flat leaf whose `block_sizes` say what lies in it) each of its own size. Whole columns of one weight are
+    one matrix together, and so are whole rows.
 
     size: what the learning rate is. `spectral`: a step's spectral norm. `rms`: five times the root mean square of a
         step's numbers (Liu et al., equation 4), so that AdamW's rates carry over.
@@ -38,11 +40,11 @@ class Muon:
     ) -> torch.optim.Optimizer:
         """The optimizer of `leaves`, by parameter name. ThriftyError where one is no matrix."""
         for name, leaf in leaves.items():
-            if leaf.ndim not in (2, 3):
+            if leaf.ndim not in (2, 3) and not hasattr(leaf, "block_sizes"):
                 raise ThriftyError(
                     f"Muon moves matrices, but what is trained of {name} has shape {tuple(leaf.shape)}: take AdamW "
-                    "(in a run file optim: adamw_torch, and a learning_rate for it), or blocks whose size divides the "
-                    "matrix"
+                    "(in a run file optim: adamw_torch, and a learning_rate for it), or a method that trains blocks, "
+                    "rows or columns"
                 )
         return _Muon(leaves.values(), lr=learning_rate, weight_decay=weight_decay, muon=self)
 
@@ -75,9 +77,18 @@ class _Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         moment = state["momentum_buffer"].lerp_(gradient, 1 - self.muon.momentum)
         moved = gradient.lerp(moment, self.muon.momentum) if self.muon.nesterov else moment
+        sizes: Sequence[tuple[int, int, int]] = getattr(leaf, "block_sizes", ())
+        if not sizes:
+            return self._step(moved).to(leaf.dtype)
+        pieces = moved.split([math.prod(size) for size in sizes])
+        steps = [self._step(piece.view(size)).flatten() for piece, size in zip(pieces, sizes, strict=True)]
+        return torch.cat(steps).to(leaf.dtype)
+
+    def _step(self, moved: Tensor) -> Tensor:
+        """Of a matrix, or of blocks of one size; like `moved`, float32."""
         matrices_NHW = _matrices(moved)
         factor = 0.2 * max(matrices_NHW.shape[1:]) ** 0.5 if self.muon.size == "rms" else 1.0
-        return _orthogonal(matrices_NHW).view_as(leaf).to(leaf.dtype) * factor
+        return _orthogonal(matrices_NHW).view_as(moved) * factor
 
 
 def _matrices(leaf: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..core.region import Region, Whole
+from ..core.region import Blocks, Region, Whole
 from ..core.rotated import Basis
 from ..delta import LowRankPiece, Piece
 from .sharded import HeldRows, copy_whole, is_sharded, refuse_partitioned, whole
@@ -119,6 +119,9 @@ class Part:
         if not _hooked:
             _hooked.append(True)
             register_optimizer_step_post_hook(_after_step)
+        if isinstance(self.region, Blocks) and self.leaf.ndim == 1:  # for an optimizer that moves matrices
+            groups = self.region.groups(self.weight.shape)
+            self.leaf.block_sizes = [(len(group.rows), group.h, group.w) for group in groups]  # type: ignore[attr-defined]
         if not self.in_leaf:
             self._handle = self.leaf.register_post_accumulate_grad_hook(_mark_dirty(weakref.ref(self)))
 
