@@ -104,7 +104,7 @@ def table() -> str:
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(MARK)
-    PAGE.write_text(f"{before}{MARK}\n\n{table()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    PAGE.write_text(f"{before}{MARK}\n\n{table()}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
