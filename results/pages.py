@@ -38,7 +38,9 @@ def block(match: re.Match[str]) -> str:
 def main() -> None:
     for page in sorted(PAGES.glob("*.md")):
         text = page.read_text(encoding="utf-8")
-        written = BLOCK.sub(block, text)
+        written, blocks = BLOCK.subn(block, text)
+        if blocks != text.count("<!-- study "):
+            raise SystemExit(f"{page}: a `<!-- study ... -->` has no `<!-- end -->` after it")
         if written != text:
             page.write_text(written, encoding="utf-8")
             print(f"wrote {page.relative_to(HERE.parent)}")
